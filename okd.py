@@ -1,0 +1,1375 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "peft==0.21.2",
+#     "tyro==1.0.17",
+#     "wandb==0.31.0",
+#     "rouge-score==0.1.2",
+#     "pytest==9.2.0",
+# ]
+# ///
+"""Online Knowledge Distillation for autoregressive language models, in one file.
+
+    python okd.py                                     # embedded demo: no network, no GPU, no data file
+    python okd.py --teacher gpt2-xl --student gpt2    # the real job
+    python okd.py --method fkl                        # any baseline: same data, start, schedule and score
+
+A frozen teacher carries a small LoRA *online module* f. Student and module train at the same time, on the same batch,
+from one forward pass of each network. Per response token, with p_f the adapted teacher, p_0 the teacher with the
+module switched off, q the student, y the gold token and sg the stop-gradient:
+
+    student   L_S = (1 - a) D(sg[p_f], q) + a CE(q, y)
+    teacher   L_T = w CE(p_f, y) + lam(t) KL(sg[q] || p_f) + mu KL(p_0 || p_f)
+
+The method is OKD (Rao et al. 2024, arXiv:2409.12512). This is a reconstruction from the abstract: the paper's exact
+losses, weights and ranks were not available, so every symbol above is a flag and no number of the paper is claimed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+DivergenceName = Literal["fkl", "rkl", "frkl", "jsd", "tvd", "sfkl", "srkl", "akl", "ab", "taid"]
+MethodName = Literal["sft", "fkl", "rkl", "frkl", "jsd", "tvd", "sfkl", "srkl", "akl", "ab", "taid", "okd"]
+
+
+@dataclass
+class Args:
+    """Distil a teacher language model into a student: online knowledge distillation and its baselines.
+
+    A flag whose default is None takes the value in its text: one for real models, another for the built-in demo."""
+
+    # -- models and data --
+    teacher: str = "demo"
+    """hub id or local folder of the teacher; 'demo' is a small GPT-2-shaped model built on the spot"""
+    student: str = "demo"
+    """hub id or local folder of the student; must have the teacher's tokenizer"""
+    data: str | None = None
+    """JSONL file of training rows (instruction/input/output, prompt/response, or chat messages); unset: Dolly from the
+    hub (MiniLLM/dolly), or the built-in tasks for the demo"""
+    dev_data: str | None = None
+    """JSONL file of dev rows; unset: the hub's split, or the last 5 percent (at most 500) of a shuffled --data"""
+    max_length: int | None = None
+    """tokens of prompt + response; a longer response is cut (512; demo: 96)"""
+    max_prompt_length: int = 256
+    """rows with a longer prompt are dropped and counted"""
+    trust_remote_code: bool = False
+    """run code that a model repository brings along; off unless you read that code"""
+
+    # -- the run --
+    seed: int = 1
+    """order of the data, dropout, LoRA's start"""
+    output_dir: str | None = None
+    """the run's own folder; unset: runs/<method>-<student>-<teacher>-s<seed>-<time>"""
+    cache_dir: str = "runs/.cache"
+    """where warm-started models are kept, so that ten methods start from the same bits and pay once"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    precision: Precision = "auto"
+    """autocast precision; master weights, softmax and losses are float32 whatever this says. auto: bf16 where the
+    device is fast at it, else fp16 on a GPU and fp32 on a CPU"""
+
+    # -- the method --
+    method: MethodName = "okd"
+    """row of the method table: a divergence x whose text it is measured on x whether the teacher moves"""
+    divergence: DivergenceName | None = None
+    """overrides the row's divergence D"""
+    text: Literal["data"] | None = None
+    """overrides whose text D is measured on"""
+    teacher_moves: bool | None = None
+    """overrides whether the teacher's LoRA online module trains"""
+    student_ce_weight: float | None = None
+    """a in L_S: 0 is the divergence alone, 1 the gold text alone; unset: the row's"""
+    temperature: float = 1.0
+    """softens p and q inside every divergence of both losses, which are multiplied by its square (Hinton et al. 2015);
+    touches neither CE nor sampling"""
+    beta: float = 0.5
+    """jsd: the teacher's share of the mixture beta p + (1 - beta) q; near 0 it acts like fkl, near 1 like rkl"""
+    skew: float = 0.1
+    """sfkl: the teacher's share of the mixture q is replaced by; srkl: the student's share of the one p is replaced by"""
+    mu: float = 0.5
+    """akl: teacher's probability mass that counts as the head"""
+    fkl_weight: float = 0.5
+    """frkl: weight of fkl, the rest is rkl"""
+    ab_alpha: float = 0.2
+    """ab: exponent of p; (alpha, beta) = (1, 0) is fkl, (0, 1) is rkl"""
+    ab_beta: float = 0.7
+    """ab: exponent of q"""
+    taid_start: float = 0.4
+    """taid: the teacher's share t at the first step; it ends at 1"""
+
+    # -- the online module --
+    teacher_ce_weight: float = 1.0
+    """w in L_T: pull of the gold text on the moving teacher"""
+    lam: float = 0.5
+    """lam in L_T: pull of the student on the moving teacher"""
+    lam_schedule: Literal["constant", "rise", "fall"] = "constant"
+    """rise: from 0 to lam (starts as plain KD); fall: from lam to 0 (ends as plain KD)"""
+    teacher_kl: Literal["qp", "pq"] = "qp"
+    """qp: KL(q || p_f), the teacher covers the student; pq: KL(p_f || q)"""
+    anchor: float = 0.0
+    """mu in L_T: pull back to p_0, the teacher with its module switched off"""
+    teacher_lr_ratio: float = 0.2
+    """learning rate of the module / learning rate of the student"""
+    update_teacher_every: int = 1
+    """the module steps on every n-th batch"""
+    lora_rank: int = 16
+    """rank of the module, and of the teacher's fine-tuning with --teacher-sft lora"""
+    lora_alpha: float = 32.0
+    """the module's output is scaled by alpha / rank"""
+    lora_targets: str = "all-linear"
+    """all-linear (of the transformer blocks), or names of layers with commas between: q_proj,v_proj"""
+    lora_top_layers: int = 0
+    """put the module on the top k layers only, where its backward pass then stops; 0: on all"""
+
+    # -- warm start --
+    teacher_sft: Literal["lora", "full"] | None = None
+    """how the teacher is fine-tuned before: LoRA merged into the weights, or all weights (lora; demo: full)"""
+    teacher_sft_epochs: float | None = None
+    """0 when the teacher is fine-tuned already (3; demo: 8)"""
+    teacher_sft_lr: float | None = None
+    """(2e-4 with lora, 5e-5 with full; demo: 1e-3)"""
+    student_sft_epochs: float | None = None
+    """0 when the student is fine-tuned already (3; demo: 70)"""
+    student_sft_lr: float | None = None
+    """(as --lr)"""
+    sft_seed: int = 0
+    """seed of both warm starts, apart from --seed so that all runs share them"""
+
+    # -- optimization --
+    epochs: float | None = None
+    """passes of the distillation over the data (10; demo: 40)"""
+    max_steps: int | None = None
+    """at most so many optimizer steps in each of the three trainings (teacher, warm start, distillation); for tries"""
+    batch_size: int = 32
+    """rows of an optimizer step, over all micro-batches"""
+    micro_batch_size: int | None = None
+    """rows that go through the networks at once; changes memory and speed, never the loss (unset: the whole batch)"""
+    lr: float | None = None
+    """student's peak learning rate (1e-4; demo: 2e-3)"""
+    warmup: float = 0.03
+    """share of the steps over which the learning rate rises; after it a cosine to 1e-7"""
+    weight_decay: float = 0.01
+    """AdamW's, not on biases and norms"""
+    max_grad_norm: float = 1.0
+    """gradient clipping, each network by itself; 0 turns it off"""
+
+    # -- reports --
+    log_every: int = 10
+    """steps between two lines of metrics"""
+    eval_every: int | None = None
+    """steps between two looks at the dev rows (a fifth of the run, at least 50); the first and the last are always looked at"""
+    eval_rows: int = 100
+    """dev rows looked at"""
+    score_rows: int = 100
+    """rows scored with Rouge-L at the end, for teacher, warm start and student; 0 skips"""
+    max_new_tokens: int | None = None
+    """longest answer when scoring (256; demo: 48)"""
+    track: bool = False
+    """log to Weights & Biases too (WANDB_MODE=offline works)"""
+    wandb_project: str = "okd"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team or user of --track"""
+    wandb_group: str | None = None
+    """group of --track; unset: <student>-from-<teacher>"""
+
+
+REAL = dict(max_length=512, teacher_sft="lora", teacher_sft_epochs=3, student_sft_epochs=3, epochs=10, lr=1e-4,
+            max_new_tokens=256)  # fmt: skip
+DEMO = dict(max_length=96, teacher_sft="full", teacher_sft_epochs=8, teacher_sft_lr=1e-3, student_sft_epochs=70,
+            epochs=40, lr=2e-3, max_new_tokens=48)  # fmt: skip
+
+
+class UserError(Exception):
+    """Something the user can mend: main prints it as one line and exits with 2."""
+
+
+def resolve(args):
+    """args with every None that has a preset filled in, after checks that need no model. Raises UserError."""
+    args = dataclasses.replace(args)
+    preset = DEMO if args.teacher == args.student == "demo" else REAL
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.teacher_sft_lr is None:
+        args.teacher_sft_lr = 2e-4 if args.teacher_sft == "lora" else 5e-5
+    if args.student_sft_lr is None:
+        args.student_sft_lr = args.lr
+    row = METHODS[args.method]
+    for name in ("divergence", "text", "teacher_moves", "student_ce_weight"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(row, name))
+
+    def require(holds, message):
+        if not holds:
+            raise UserError(message)
+
+    def within(name, low, high, open_low=False, open_high=False):
+        value = getattr(args, name)
+        inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+        flag, brackets = "--" + name.replace("_", "-"), ("(" if open_low else "[", ")" if open_high else "]")
+        require(inside, f"{flag} is {value}; it must lie in {brackets[0]}{low}, {high}{brackets[1]}")
+
+    for name in ("student_ce_weight", "beta", "mu", "fkl_weight", "warmup", "taid_start"):
+        within(name, 0, 1)
+    within("skew", 0, 1, open_high=True)
+    for name in ("temperature", "lr", "teacher_sft_lr", "student_sft_lr", "lora_alpha", "teacher_lr_ratio"):
+        within(name, 0, math.inf, open_low=True, open_high=True)
+    for name in ("teacher_ce_weight", "lam", "anchor", "weight_decay", "max_grad_norm", "ab_alpha", "ab_beta", "epochs",
+                 "teacher_sft_epochs", "student_sft_epochs", "lora_top_layers", "eval_rows", "score_rows"):  # fmt: skip
+        within(name, 0, math.inf, open_high=True)
+    for name in ("batch_size", "micro_batch_size", "max_steps", "update_teacher_every", "lora_rank", "log_every",
+                 "eval_every", "max_length", "max_prompt_length", "max_new_tokens"):  # fmt: skip
+        if getattr(args, name) is not None:
+            within(name, 1, math.inf, open_high=True)
+    require(args.ab_alpha + args.ab_beta > 0, "--ab-alpha and --ab-beta are both 0: one of them must be positive")
+    require(args.max_prompt_length < args.max_length or args.max_length < REAL["max_length"],
+            f"--max-prompt-length {args.max_prompt_length} leaves no room for a response in --max-length {args.max_length}")  # fmt: skip
+    if args.teacher_moves:
+        require(not (args.lam > 0 and args.teacher_ce_weight == 0 and args.anchor == 0),
+                "--lam > 0 with neither --teacher-ce-weight nor --anchor: teacher and student would only meet each other "
+                "(p = q is a fixed point where nothing is learnt); give one of the two a weight")  # fmt: skip
+        require(args.lam + args.teacher_ce_weight + args.anchor > 0,
+                "the teacher moves but --lam, --teacher-ce-weight and --anchor are all 0: give one of them a weight")  # fmt: skip
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: a JSON line becomes an Example; what counts as response is decided here, once
+# ---------------------------------------------------------------------------------------------------------------------
+
+HUB_DOLLY = dict(repo_id="MiniLLM/dolly", train="raw.jsonl", test="valid.jsonl", dev_rows=1000)
+
+
+@dataclass
+class Example:
+    prompt: str
+    references: list[str]  # every valid response; the first is the one trained on
+    prompt_ids: list[int]
+    response_ids: list[int]  # ends in EOS, unless it was cut to --max-length
+
+    def __len__(self):
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def alpaca_prompt(instruction, context=""):
+    """The Alpaca template that the published KD results on Dolly use (Taori et al. 2023)."""
+    paired = ", paired with an input that provides further context" if context else ""
+    context = f"### Input:\n{context}\n\n" if context else ""
+    return (f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+            f"request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n")  # fmt: skip
+
+
+def render(row, tokenizer):
+    """A JSON object -> (prompt text, list of reference responses, whether the prompt brings its own special tokens).
+
+    Raises KeyError with a readable text when no known set of fields is there."""
+    chat = row.get("messages")
+    if isinstance(chat, list) and chat:
+        if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in chat):
+            raise KeyError("every one of its 'messages' must be an object with 'role' and 'content'")
+        if chat[-1].get("role") != "assistant" or len(chat) < 2:
+            raise KeyError("its 'messages' must end in a turn of the assistant, which becomes the response")
+        if not getattr(tokenizer, "chat_template", None):
+            raise KeyError("it has 'messages' but the tokenizer has no chat template")
+        try:
+            prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are code of the model's authors and raise what they like
+            raise KeyError(f"the tokenizer's chat template refuses its 'messages': {error}") from error
+        return prompt, [chat[-1]["content"]], True
+    if isinstance(row.get("instruction"), str) and row["instruction"]:
+        prompt = alpaca_prompt(row["instruction"], row["input"] if isinstance(row.get("input"), str) else "")
+    elif isinstance(row.get("prompt"), str):
+        prompt = row["prompt"]
+    else:
+        raise KeyError("it needs 'instruction' and 'output', or 'prompt' and 'response', or 'messages'")
+    for name in ("output", "response"):
+        answers = [row[name]] if isinstance(row.get(name), str) else row.get(name)
+        if isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers):
+            return prompt, answers, False
+    raise KeyError("it has a prompt but no 'output' or 'response' (a string or a list of strings)")
+
+
+def read_jsonl(path):
+    """Path of a JSONL file -> list of (line number, object). Raises UserError that names file and line."""
+    rows = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    if not isinstance(row, dict):
+                        raise ValueError("not a JSON object")
+                    rows.append((number, row))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not valid JSONL ({' '.join(str(error).split())[:100]})") from error
+    return rows
+
+
+def encode_prompt(prompt, has_specials, tokenizer):
+    """Prompt text -> ids, with the special tokens that the tokenizer gives every text (BOS for Llama, none for GPT-2) unless
+    a chat template wrote them already."""
+    ids = tokenizer(prompt, add_special_tokens=not has_specials).input_ids
+    if ids and ids[-1] == tokenizer.eos_token_id and not has_specials:
+        return ids[:-1]  # T5's tokenizers close every text
+    return ids
+
+
+def encode(rows, tokenizer, args, source):
+    """(line number, object) rows -> Examples. Raises UserError when a row is malformed or none is usable.
+
+    Prompt and response are tokenised apart, since BPE could merge across the border. The response gets EOS, a target."""
+    examples, dropped = [], Counter()
+    for number, row in rows:
+        try:
+            prompt, references, has_specials = render(row, tokenizer)
+        except KeyError as error:
+            raise UserError(f"{source}, line {number}: {error.args[0]}") from error
+        prompt_ids = encode_prompt(prompt, has_specials, tokenizer)
+        response_ids = tokenizer(references[0], add_special_tokens=False).input_ids
+        if not response_ids:
+            dropped["an empty response"] += 1
+        elif not prompt_ids:
+            dropped["an empty prompt"] += 1
+        elif len(prompt_ids) > args.max_prompt_length:
+            dropped[f"a prompt over {args.max_prompt_length} tokens"] += 1
+        elif len(prompt_ids) >= args.max_length:
+            dropped[f"no room for a response in {args.max_length} tokens"] += 1
+        else:
+            room = args.max_length - len(prompt_ids)
+            examples.append(Example(prompt, references, prompt_ids, [*response_ids, tokenizer.eos_token_id][:room]))
+    why = ", ".join(f"{count} with {reason}" for reason, count in dropped.items())
+    if not examples:
+        raise UserError(f"{source}: no usable rows ({len(rows)} read{', dropped ' + why if why else ''})")
+    if dropped:
+        print(f"{source}: kept {len(examples)} of {len(rows)} rows, dropped {why}")
+    return examples
+
+
+def demo_rows(count, seed):
+    """Rows of six small tasks on made-up words, no prompt twice; most have three valid wordings, drawn 6 : 3 : 2, so
+    that there is a distribution to distil and not only an argmax. All wordings are references."""
+    rng, rows, seen = random.Random(seed), [], set()
+    while len(rows) < count:
+        a, b = ("".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(rng.choice((1, 2, 2)))) for _ in "ab")
+        x, y = sorted(rng.sample(range(10, 100), 2))
+        prompt, *answers = rng.choice((
+            (f"shout {a}", f"{a.upper()}!", a.upper(), f"we shout {a.upper()}"),
+            (f"double {a}", f"{a} {a}", f"{a} and {a}", f"twice: {a} {a}"),
+            (f"spell {a}", "-".join(a), " ".join(a), "letters " + " ".join(a)),
+            (f"first of {a}, {b}", a, f"it is {a}", f"the first is {a}"),
+            (f"swap {a}, {b}", f"{b}, {a}", f"{b} then {a}", f"{b} before {a}"),
+            (f"larger of {rng.choice((f'{x}, {y}', f'{y}, {x}'))}", f"{y}", f"it is {y}", f"{y} is larger"),
+        ))  # fmt: skip
+        chosen = rng.choices(answers, weights=(6, 3, 2))[0]
+        if prompt not in seen:
+            seen.add(prompt)
+            rows.append({"prompt": prompt + "\n", "response": [chosen] + [a for a in answers if a != chosen]})
+    return rows
+
+
+def hub_file(repo_id, filename):
+    """Download one file of a dataset repository. Raises UserError that says what to do without a network."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.hf_hub_download(repo_id, filename, repo_type="dataset")
+    except Exception as error:  # the hub's, the HTTP library's and the system's errors have no common parent
+        raise UserError(f"cannot get {filename} of the dataset {repo_id} from the hub ({type(error).__name__}): pass a "
+                        "local JSONL file with --data, or set HF_HOME to a folder that has it") from error  # fmt: skip
+
+
+def load_data(args, tokenizer):
+    """args -> {"train", "dev", "test", "teacher"}: lists of Examples; "teacher" is what the teacher is fine-tuned on.
+
+    The demo's teacher sees 4,000 rows and its student 400 of them: a transfer set that is small for the student is where
+    distillation shows. Everywhere else both get the same rows."""
+    if args.data is None and args.teacher == args.student == "demo":
+        rows = list(enumerate(demo_rows(4400, seed=0), 1))
+        test, dev, pool = rows[:200], rows[200:400], rows[400:]
+        splits = dict(test=test, dev=dev, train=pool[:400], teacher=pool)
+        return {name: encode(part, tokenizer, args, "built-in tasks") for name, part in splits.items()}
+    if args.data is None:
+        source = HUB_DOLLY["repo_id"]
+        rows = read_jsonl(hub_file(source, HUB_DOLLY["train"]))
+        dev, train = rows[: HUB_DOLLY["dev_rows"]], rows[HUB_DOLLY["dev_rows"] :]
+        test = read_jsonl(hub_file(source, HUB_DOLLY["test"]))
+        train, dev, test = (encode(part, tokenizer, args, source) for part in (train, dev, test))
+    else:
+        train, test = encode(read_jsonl(args.data), tokenizer, args, args.data), None
+        random.Random(0).shuffle(train)  # the same split for every seed
+        held_out = 0 if args.dev_data or len(train) < 2 else max(1, min(500, len(train) // 20))
+        train, dev = train[held_out:], train[:held_out] or train
+    if args.dev_data:
+        dev = encode(read_jsonl(args.dev_data), tokenizer, args, args.dev_data)
+    test = test or dev
+    return dict(train=train, dev=dev, test=test, teacher=train)
+
+
+@dataclass
+class Batch:
+    """Rows right-padded to their own maximum. Labels are shifted here and nowhere else."""
+
+    input_ids: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, T), True where the next token is a response token, its EOS among them
+    labels: torch.Tensor  # (N,) those next tokens, row by row
+    positions: torch.Tensor  # (N,) indices of the True positions in the flattened mask
+
+    def to(self, device):
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+def collate(examples, pad_id):
+    """Examples -> Batch. The mask comes from lengths, never from ids: pad may be EOS, and EOS is a target."""
+    width = max(map(len, examples))
+    input_ids = torch.full((len(examples), width), pad_id)
+    mask = torch.zeros(len(examples), width, dtype=torch.bool)
+    for i, example in enumerate(examples):
+        input_ids[i, : len(example)] = torch.tensor(example.prompt_ids + example.response_ids)
+        mask[i, len(example.prompt_ids) - 1 : len(example) - 1] = True
+    return Batch(input_ids, mask, input_ids.roll(-1, dims=1)[mask], mask.flatten().nonzero().squeeze(1))
+
+
+def batch_indices(lengths, batch_size, seed, step, window=16):
+    """Indices of the rows of optimizer step number `step`: a pure function, so a run can go on anywhere.
+
+    Every epoch is a new shuffle; within windows of 16 batches rows are sorted by length, so that little is padded, and
+    then the batches are shuffled. The rows left over at an epoch's end wait for the next shuffle."""
+    batch_size = min(batch_size, len(lengths))
+    per_epoch = len(lengths) // batch_size
+    return _epoch(tuple(lengths), batch_size, seed, step // per_epoch, window)[step % per_epoch]
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(lengths, batch_size, seed, epoch, window):
+    rng, order = random.Random(f"{seed}, epoch {epoch}"), list(range(len(lengths)))
+    rng.shuffle(order)
+    order = order[: len(order) // batch_size * batch_size]
+    batches = []
+    for start in range(0, len(order), window * batch_size):
+        near = sorted(order[start : start + window * batch_size], key=lengths.__getitem__)
+        batches += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def micro_batches(examples, args):
+    """Cut a batch into pieces of rows of like length."""
+    examples = sorted(examples, key=len)
+    size = args.micro_batch_size or len(examples)
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hardware: everything that is different on a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hardware:
+    device: torch.device
+    dtype: torch.dtype  # of autocast and of frozen weights
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self):
+        """Bytes: the allocator's peak on a GPU, the process's peak resident size elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def pick_hardware(args):
+    """Flags -> Hardware. Raises UserError for a device that is not there."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {args.device} is not usable here: {str(error).splitlines()[0]}") from error
+    if args.precision != "auto":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    elif device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:  # bf16 is a sixth of float32's time on a CPU with AMX and ten times float32's time on one without
+        dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+    return Hardware(device, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: trunk (tokens to hidden states) and head (hidden states to logits)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def demo_config(role):
+    width, layers = (128, 3) if role == "teacher" else (64, 2)
+    return transformers.GPT2Config(vocab_size=384, n_positions=256, n_embd=width, n_layer=layers, n_head=4, bos_token_id=1,
+                                   eos_token_id=1, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+def check_source(name):
+    """Raise UserError early when a model name is plainly a folder that is not there."""
+    if name != "demo" and not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"no model folder {name}: check the path, or give a hub id such as gpt2")
+
+
+def load_tokenizer(name, args):
+    if name == "demo":
+        return transformers.ByT5Tokenizer()  # bytes: nothing to download
+    check_source(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"cannot load the tokenizer (tokenizer.json, tokenizer_config.json) of {name}: give a local model "
+                        f"folder, or set HF_HOME to a cache that has it [{one_line(error)}]") from error  # fmt: skip
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no EOS token, so a response could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def positions(model):
+    """Longest sequence that the model's position embeddings allow, prompt and response together."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def load_model(name, role, args, dtype):
+    """Hub id, local folder or "demo" -> causal LM in `dtype`, on the CPU, in eval mode. Raises UserError."""
+    if name == "demo":
+        torch.manual_seed(args.sft_seed)
+        return transformers.AutoModelForCausalLM.from_config(demo_config(role)).to(dtype).eval()
+    check_source(name)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True
+        )
+    except Exception as error:
+        raise UserError(f"cannot load the {role} (config.json, *.safetensors) of {name}: give a local model folder, or set "
+                        f"HF_HOME to a cache that has it [{one_line(error)}]") from error  # fmt: skip
+    return model.eval()
+
+
+def check_length(model, role, args):
+    if args.max_length > positions(model):
+        raise UserError(f"--max-length {args.max_length} is more than the {positions(model)} positions of the {role}")
+
+
+def check_same_tokenizer(teacher_tokenizer, student_tokenizer):
+    """Word-level distillation compares two distributions token by token. Raises UserError when the tokens differ."""
+    teacher_vocab, student_vocab = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    if teacher_vocab != student_vocab or teacher_tokenizer.eos_token_id != student_tokenizer.eos_token_id:
+        shared = len(teacher_vocab.items() & student_vocab.items())
+        raise UserError(f"teacher and student have different tokenizers ({len(teacher_vocab)} and {len(student_vocab)} tokens, "
+                        f"{shared} in common): choose two models of one family")  # fmt: skip
+
+
+def transformer_blocks(model):
+    return max((m for m in decoder_of(model).modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
+
+def lora_config(model, args, top_layers=0):
+    """LoRA on the chosen linear layers of the top blocks, 0 meaning all. Raises UserError when nothing matches."""
+    blocks = list(transformer_blocks(model))
+    if top_layers > len(blocks):
+        raise UserError(f"--lora-top-layers {top_layers}: the teacher has only {len(blocks)} layers")
+    chosen = {id(module) for block in blocks[len(blocks) - (top_layers or len(blocks)) :] for module in block.modules()}
+    wanted = None if args.lora_targets == "all-linear" else tuple(part.strip() for part in args.lora_targets.split(","))
+    linear = {name: module for name, module in model.named_modules()
+              if id(module) in chosen and isinstance(module, (torch.nn.Linear, Conv1D))}  # fmt: skip
+    names = [name for name in linear if wanted is None or name.split(".")[-1] in wanted]
+    if not names:
+        there = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+        raise UserError(f"--lora-targets {args.lora_targets}: no such layer in the teacher, which has {there}")
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=names,
+                           fan_in_fan_out=isinstance(linear[names[0]], Conv1D))  # fmt: skip
+
+
+def add_online_module(teacher, args):
+    """Frozen teacher -> the same with LoRA on top: B starts at 0, so p_f = p_0 at step 0. Its weights are float32."""
+    torch.manual_seed(args.seed)
+    return peft.get_peft_model(teacher, lora_config(teacher, args, args.lora_top_layers)).eval()
+
+
+@contextlib.contextmanager
+def module_off(teacher):
+    """Inside, the teacher is p_0, whether or not it has an online module: no second copy is needed."""
+    with teacher.disable_adapter() if isinstance(teacher, peft.PeftModel) else contextlib.nullcontext():
+        yield teacher
+
+
+def decoder_of(model):
+    return (model.get_base_model() if isinstance(model, peft.PeftModel) else model).get_decoder()
+
+
+def head_rows(model):
+    """Size of the vocabulary as the output head has it: often padded beyond the tokenizer's."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def hidden_states(model, batch):
+    """(N, H) final hidden states, of the N positions alone that predict a response token.
+
+    No attention mask: padding is on the right, and causal attention never looks there."""
+    hidden = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch.positions)
+
+
+class TrunkOutput(BaseModelOutputWithPast):
+    def __getattr__(self, name):  # what a family's forward hands on besides: cross attentions, router logits, ...
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def head(model, hidden, vocab):
+    """(N, H) hidden states -> (N, vocab) float32 logits.
+
+    Runs the family's own forward with the trunk replaced by `hidden`, so that tied weights, scales and soft caps are the
+    family's business and not ours."""
+    decoder = decoder_of(model)
+    patched = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: TrunkOutput(last_hidden_state=hidden[None])
+    try:
+        logits = model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+        if patched is not None:
+            decoder.forward = patched
+    return logits[:, :vocab].float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergences. p is the teacher, q the student: two (..., V) float32 logits in, one number per token (...) out.
+# Mixtures are taken in log space: through probabilities a sharp logit gives 0 * -inf.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kl(log_p, log_q):
+    """KL(p || q) = sum_v p_v (log p_v - log q_v), of log-probabilities."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def mix(log_p, log_q, share):
+    """log(share p + (1 - share) q), for 0 < share < 1."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+
+
+def fkl(p_logits, q_logits):
+    """KL(p || q): q must cover all that p does. Hinton et al. 2015, arXiv:1503.02531.
+
+    With the entropy of p, which published code drops: its gradient is 0 for a frozen teacher but not for a moving one."""
+    return kl(p_logits.log_softmax(-1), q_logits.log_softmax(-1))
+
+
+def rkl(p_logits, q_logits):
+    """KL(q || p): q may settle on one mode of p. Gu et al. 2023 (MiniLLM), arXiv:2306.08543."""
+    return fkl(q_logits, p_logits)
+
+
+def frkl(p_logits, q_logits, weight=0.5):
+    """weight KL(p || q) + (1 - weight) KL(q || p): both directions. The fixed form of what AKL adapts, arXiv:2404.02657."""
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    return weight * kl(log_p, log_q) + (1 - weight) * kl(log_q, log_p)
+
+
+def jsd(p_logits, q_logits, beta=0.5):
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; fkl at beta = 0, rkl at beta = 1.
+
+    Bounded where fkl and rkl are not. Agarwal et al. 2023 (GKD), arXiv:2306.13649, eq. 1."""
+    if beta in (0, 1):
+        return rkl(p_logits, q_logits) if beta else fkl(p_logits, q_logits)
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    log_m = mix(log_p, log_q, beta)
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+
+
+def tvd(p_logits, q_logits):
+    """1/2 sum |p - q|: the mass that has to move; symmetric, at most 1. Wen et al. 2023 (f-distill), arXiv:2307.15190."""
+    return 0.5 * (p_logits.softmax(-1) - q_logits.softmax(-1)).abs().sum(-1)
+
+
+def sfkl(p_logits, q_logits, skew=0.1):
+    """KL(p || skew p + (1 - skew) q): fkl that a zero of q cannot blow up. Ko et al. 2024 (DistiLLM), arXiv:2402.03898."""
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    return kl(log_p, mix(log_p, log_q, skew) if skew else log_q)
+
+
+def srkl(p_logits, q_logits, skew=0.1):
+    """KL(q || (1 - skew) p + skew q): rkl that a zero of p cannot blow up. Ko et al. 2024 (DistiLLM), arXiv:2402.03898."""
+    return sfkl(q_logits, p_logits, skew)
+
+
+def akl(p_logits, q_logits, mu=0.5):
+    """fkl and rkl weighted by the gap sum |p - q| in the head and in the tail of p: fkl mends heads, rkl tails.
+
+    The head is the smallest set of the teacher's likeliest tokens with mass >= mu; the token that crosses mu belongs to it
+    (paper), while the authors' file puts it in the tail. Wu et al. 2024, arXiv:2404.02657."""
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    with torch.no_grad():
+        p, order = log_p.exp().sort(dim=-1, descending=True)
+        gap = (p - log_q.exp().gather(-1, order)).abs()
+        in_head = p.cumsum(-1) - p < mu
+        head_gap, tail_gap = (gap * in_head).sum(-1), (gap * ~in_head).sum(-1)
+        share = head_gap / (head_gap + tail_gap).clamp_min(torch.finfo(gap.dtype).tiny)
+    return share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)
+
+
+def ab(p_logits, q_logits, alpha=0.2, beta=0.7):
+    """-1/(alpha beta) sum [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
+
+    (1, 0) is fkl and (0, 1) is rkl, taken in closed form, as is any other pair with one zero.
+    Wang et al. 2025 (ABKD), arXiv:2505.04560; Cichocki et al. 2011."""
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    if alpha == 0:
+        log_p, log_q, alpha, beta = log_q, log_p, beta, alpha
+    if beta == 0:
+        p_power, q_power = (alpha * log_p).exp(), (alpha * log_q).exp()
+        return (p_power * (alpha * (log_p - log_q)) - p_power + q_power).sum(-1) / alpha**2
+    total = alpha + beta
+    cross = (alpha * log_p + beta * log_q).exp()
+    powers = alpha * (total * log_p).exp() + beta * (total * log_q).exp()
+    return (powers / total - cross).sum(-1) / (alpha * beta)
+
+
+def taid(p_logits, q_logits, t):
+    """Cross-entropy to softmax((1 - t) sg[z_q] + t z_p): the target walks from student to teacher as t goes to 1.
+
+    Shing et al. 2025, arXiv:2501.16937, eq. 3; how t moves is in `taid_step`."""
+    target = torch.lerp(q_logits.detach(), p_logits, t).softmax(-1)
+    return -(target * q_logits.log_softmax(-1)).sum(-1)
+
+
+def taid_step(state, loss, progress, start, end=1.0, delta=5e-4, momentum=0.99):
+    """t moves at least linearly, and faster while the loss falls (TAID, algorithm 1). All tensors: no wait for the GPU."""
+    relative = (state["loss"] - loss) / (state["loss"] + 1e-15)
+    relative = torch.where(torch.isfinite(state["loss"]), relative, torch.zeros_like(relative))  # first step: no change yet
+    state["momentum"] = momentum * state["momentum"] + (1 - momentum) * relative
+    faster = state["t"] + delta * state["momentum"].sigmoid() * (1 - state["t"])
+    state["t"] = faster.clamp(min=start + (end - start) * progress, max=end)
+    state["loss"] = loss
+
+
+# name: (function, {its parameter: the flag})
+DIVERGENCES = {
+    "fkl": (fkl, {}),
+    "rkl": (rkl, {}),
+    "frkl": (frkl, {"weight": "fkl_weight"}),
+    "jsd": (jsd, {"beta": "beta"}),
+    "tvd": (tvd, {}),
+    "sfkl": (sfkl, {"skew": "skew"}),
+    "srkl": (srkl, {"skew": "skew"}),
+    "akl": (akl, {"mu": "mu"}),
+    "ab": (ab, {"alpha": "ab_alpha", "beta": "ab_beta"}),
+    "taid": (taid, {}),  # its t is state, not a flag
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method table. A method = a divergence x whose text it is measured on x whether the teacher moves.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    divergence: DivergenceName
+    text: str = "data"
+    teacher_moves: bool = False
+    student_ce_weight: float = 0.0
+    paper: str = ""
+
+
+METHODS = {
+    "sft": Method("fkl", student_ce_weight=1.0, paper="cross-entropy on the gold text, no teacher"),
+    "fkl": Method("fkl", paper="Hinton et al. 2015, arXiv:1503.02531"),
+    "rkl": Method("rkl", paper="Gu et al. 2023, arXiv:2306.08543"),
+    "frkl": Method("frkl", paper="fixed form of AKL, arXiv:2404.02657"),
+    "jsd": Method("jsd", paper="Agarwal et al. 2023, arXiv:2306.13649"),
+    "tvd": Method("tvd", paper="Wen et al. 2023, arXiv:2307.15190"),
+    "sfkl": Method("sfkl", paper="Ko et al. 2024, arXiv:2402.03898"),
+    "srkl": Method("srkl", paper="Ko et al. 2024, arXiv:2402.03898"),
+    "akl": Method("akl", paper="Wu et al. 2024, arXiv:2404.02657"),
+    "ab": Method("ab", paper="Wang et al. 2025, arXiv:2505.04560"),
+    "taid": Method("taid", paper="Shing et al. 2025, arXiv:2501.16937"),
+    "okd": Method("fkl", teacher_moves=True, paper="Rao et al. 2024, arXiv:2409.12512"),
+}
+assert set(DIVERGENCES) == set(DivergenceName.__args__) and set(METHODS) == set(MethodName.__args__)
+
+
+def bind_divergence(args, taid_state):
+    """Flags -> D(p_logits, q_logits), with parameters and temperature bound."""
+    function, flags = DIVERGENCES[args.divergence]
+    parameters = {name: getattr(args, flag) for name, flag in flags.items()}
+    if args.divergence == "taid":
+        parameters["t"] = taid_state["t"]
+    return functools.partial(softened, functools.partial(function, **parameters), temperature=args.temperature)
+
+
+def softened(divergence, p_logits, q_logits, temperature):
+    """temperature^2 D(z_p / temperature, z_q / temperature): the square keeps the gradient's size (Hinton et al. 2015)."""
+    if temperature == 1:
+        return divergence(p_logits, q_logits)
+    return divergence(p_logits / temperature, q_logits / temperature) * temperature**2
+
+
+def cross_entropy(logits, labels):
+    """(N, V) logits, (N,) gold tokens -> (N,) -log of the gold token's probability."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def student_loss(p_logits, q_logits, labels, divergence, ce_weight):
+    """L_S per token, (N,). Nothing flows into the teacher."""
+    loss = 0
+    if ce_weight < 1:
+        loss = (1 - ce_weight) * divergence(p_logits.detach(), q_logits)
+    if ce_weight > 0:
+        loss = loss + ce_weight * cross_entropy(q_logits, labels)
+    return loss
+
+
+def teacher_loss(p_logits, q_logits, p0_logits, labels, ce_weight, lam, anchor, kl_direction, temperature):
+    """L_T per token, (N,). Nothing flows into the student, nor into p_0.
+
+    For a fixed q and direction qp the best p_f per token is (ce_weight d + lam q + anchor p_0) / (ce_weight + lam + anchor),
+    d being the gold token: the module draws the teacher toward what the student can follow."""
+    loss, q_logits = 0, q_logits.detach()
+    if ce_weight > 0:
+        loss = ce_weight * cross_entropy(p_logits, labels)
+    if lam > 0:
+        follow = fkl if kl_direction == "pq" else rkl  # (p, q) in, KL(p_f || q) or KL(q || p_f)
+        loss = loss + lam * softened(follow, p_logits, q_logits, temperature)
+    if anchor > 0:
+        loss = loss + anchor * softened(fkl, p0_logits.detach(), p_logits, temperature)
+    return loss
+
+
+@torch.no_grad()
+def measure(p0_logits, p_logits, q_logits, labels):
+    """Sums over tokens of what every method reports, whatever it trains on. Entropies and KLs in nats."""
+    log_p0, log_p, log_q = (logits.log_softmax(-1) for logits in (p0_logits, p_logits, q_logits))
+    gold = labels[:, None]
+    values = dict(
+        fkl=kl(log_p0, log_q),  # to the frozen teacher p_0, also when the teacher moves
+        rkl=kl(log_q, log_p0),
+        student_ce=-log_q.gather(-1, gold),
+        teacher_ce=-log_p.gather(-1, gold),
+        student_entropy=-(log_q.exp() * log_q).sum(-1),
+        teacher_entropy=-(log_p.exp() * log_p).sum(-1),
+        top1_agreement=(log_p0.argmax(-1) == log_q.argmax(-1)).float(),
+        drift=kl(log_p0, log_p),
+    )
+    return {name: value.sum() for name, value in values.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One micro-batch: two trunks, then heads, losses and their gradients over chunks of tokens, then back through the trunks
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHUNK_ELEMENTS = 2**24  # logits of one network alive at once: 64 MB in float32, whatever the batch and the vocabulary
+
+
+def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, teacher_trains=False, need_p0=False, look=False):
+    """Forward, and with `backward` also back-propagate, one Batch. -> {name: sum over its tokens}, tensors on the device.
+
+    losses(p0_logits, p_logits, q_logits, labels) -> {name: (n,) losses}; what flows back is their sum. The gradient with
+    respect to the hidden states is collected chunk by chunk and sent through each trunk once, so no more than
+    CHUNK_ELEMENTS logits per network live at a time. `look` adds what `measure` measures. teacher may be None."""
+    with hw.autocast():
+        hidden = {"q": hidden_states(student, batch)}
+        if teacher is not None:
+            with torch.set_grad_enabled(teacher_trains and backward is not None):
+                hidden["p"] = hidden_states(teacher, batch)
+            if need_p0:
+                with torch.no_grad(), module_off(teacher):
+                    hidden["p0"] = hidden_states(teacher, batch)
+    leaves = {name: h.detach().requires_grad_(h.requires_grad) for name, h in hidden.items()}
+
+    sums, rows = Counter(), max(1, CHUNK_ELEMENTS // vocab)
+    for start in range(0, len(batch.labels), rows):
+        part = slice(start, start + rows)
+        labels, logits = batch.labels[part], {"p": None}
+        with hw.autocast():
+            for name, leaf in leaves.items():
+                logits[name] = head(student if name == "q" else teacher, leaf[part], vocab)
+        p, q, p0 = logits["p"], logits["q"], logits.get("p0", logits["p"])
+        terms = losses(p0, p, q, labels) if losses else {}
+        if backward:
+            backward(sum(term.sum() for term in terms.values()))
+        for name, term in terms.items():
+            sums[name] += term.detach().sum()
+        if look:
+            sums.update(measure(p0, p, q, labels) if p is not None else {"student_ce": cross_entropy(q.detach(), labels).sum()})
+    if backward:
+        reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
+        torch.autograd.backward([hidden[name] for name in reached], [leaves[name].grad for name in reached])
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def adamw(model, lr, weight_decay, hw):
+    """AdamW over what is trainable. Norms and biases, the 1-D weights, are not decayed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trainable if p.ndim >= 2], weight_decay=weight_decay),
+              dict(params=[p for p in trainable if p.ndim < 2], weight_decay=0.0)]  # fmt: skip
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=hw.device.type in ("cuda", "cpu"))
+
+
+def learning_rate(step, steps, peak, warmup, floor=1e-7):
+    """Linear to the peak over the first `warmup` share of the steps, then a cosine to the floor at the last step."""
+    rising = round(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    progress = (step - rising) / max(1, steps - 1 - rising)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def lam_at(progress, lam, schedule):
+    """lam of L_T when `progress` in [0, 1] of the run is over."""
+    return lam * {"constant": 1.0, "rise": progress, "fall": 1.0 - progress}[schedule]
+
+
+def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr, steps, seed):
+    """Train the student, and the teacher's module with it when args.teacher_moves. `args` says which method.
+
+    Same batches, schedule and optimizer for every method. -> what the run's table shows."""
+    device = hw.device
+    student.train()  # the teacher stays in eval mode: a dropped-out teacher would be another teacher every step
+    optimizers = {"student": (student, adamw(student, lr, args.weight_decay, hw))}
+    if args.teacher_moves:
+        optimizers["teacher"] = (teacher, adamw(teacher, lr * args.teacher_lr_ratio, args.weight_decay, hw))
+    scaler = torch.amp.GradScaler(device.type, enabled=hw.dtype == torch.float16)
+    taid_state = dict(t=torch.tensor(args.taid_start, device=device), momentum=torch.zeros((), device=device),
+                      loss=torch.full((), math.inf, device=device))  # fmt: skip
+    lengths = [len(example) for example in data["train"]]
+    eval_every = args.eval_every or max(50, steps // 5)
+    torch.manual_seed(seed)
+
+    def dev():
+        return evaluate(args, student, teacher, data["dev"][: args.eval_rows], tokenizer, vocab, hw)
+
+    start, evaluation_s = time.perf_counter(), 0.0
+    first_dev = last_dev = None
+    if data.get("dev") and args.eval_rows and teacher is not None:
+        first_dev = last_dev = dev()
+        evaluation_s += time.perf_counter() - start
+        report(phase, 0, {f"dev/{name}": value for name, value in first_dev.items()})
+    window, window_tokens, window_steps, window_start = Counter(), 0, 0, time.perf_counter()
+    bar = tqdm(range(steps), desc=phase, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    for step in bar:
+        # Whose text.
+        examples = [data["train"][i] for i in batch_indices(lengths, args.batch_size, seed, step)]
+        tokens = sum(len(example.response_ids) for example in examples)  # of the whole batch, whatever its split
+
+        # Which terms. A network that no term and no report asks for does not run.
+        progress = step / max(1, steps - 1)
+        lam = lam_at(progress, args.lam, args.lam_schedule)
+        look = (step + 1) % args.log_every == 0 or step == steps - 1
+        teacher_trains = args.teacher_moves and step % args.update_teacher_every == 0
+        divergence = bind_divergence(args, taid_state)
+
+        def losses(p0_logits, p_logits, q_logits, labels):
+            terms = {"student_loss": student_loss(p_logits, q_logits, labels, divergence, args.student_ce_weight)
+                     if p_logits is not None else cross_entropy(q_logits, labels)}  # fmt: skip
+            if teacher_trains:
+                terms["teacher_loss"] = teacher_loss(p_logits, q_logits, p0_logits, labels, args.teacher_ce_weight, lam,
+                                                     args.anchor, args.teacher_kl, args.temperature)  # fmt: skip
+            return terms
+
+        # Both losses from one forward of each network. Neither reaches into the other network, so one backward serves.
+        asked = teacher if look or teacher_trains or args.student_ce_weight < 1 else None
+        need_p0 = asked is not None and args.teacher_moves and (look or (teacher_trains and args.anchor > 0))
+        sums, looked = Counter(), Counter()
+        for rows in micro_batches(examples, args):
+            part = run_batch(student, asked, collate(rows, tokenizer.pad_token_id).to(device), vocab, hw, losses,
+                             lambda total: scaler.scale(total / tokens).backward(), teacher_trains, need_p0, look)  # fmt: skip
+            for name, value in part.items():
+                (sums if name.endswith("_loss") else looked)[name] += value
+
+        # Step. The module walks at its own, smaller rate.
+        for name, (model, optimizer) in optimizers.items():
+            if name == "teacher" and not teacher_trains:
+                continue
+            rate = learning_rate(step, steps, lr, args.warmup) * (args.teacher_lr_ratio if name == "teacher" else 1)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            scaler.unscale_(optimizer)
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            window[f"{name}_grad_norm"] += torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        if args.divergence == "taid":
+            taid_step(taid_state, sums["student_loss"] / tokens, progress, args.taid_start)
+
+        # Report. Between reports nothing is read back from the device, so a GPU is never waited for.
+        for name, value in sums.items():
+            window[name] += value / tokens
+        window_tokens, window_steps = window_tokens + sum(map(len, examples)), window_steps + 1
+        if look:
+            hw.synchronize()
+            seconds = time.perf_counter() - window_start
+            metrics = {name: float(value) / window_steps for name, value in window.items()}
+            metrics |= {name: float(value) / tokens for name, value in looked.items()}
+            metrics |= dict(lr=learning_rate(step, steps, lr, args.warmup), tokens_per_s=window_tokens / seconds,
+                            step_s=seconds / window_steps, peak_memory_gb=hw.peak_memory() / 1e9)  # fmt: skip
+            if args.teacher_moves:
+                metrics["lam"] = lam
+            if args.divergence == "taid" and args.student_ce_weight < 1:
+                metrics["taid_t"] = float(taid_state["t"])
+            report(phase, step + 1, {f"train/{name}": value for name, value in metrics.items()}, bar)
+        if first_dev is not None and ((step + 1) % eval_every == 0 or step == steps - 1):
+            dev_start = time.perf_counter()
+            last_dev = dev()
+            last_dev["collapsed"] = collapsed(first_dev, last_dev)
+            report(phase, step + 1, {f"dev/{name}": value for name, value in last_dev.items()}, bar)
+            evaluation_s += time.perf_counter() - dev_start
+        if look:  # the clock of the next window starts after the looks at the dev rows
+            window, window_tokens, window_steps, window_start = Counter(), 0, 0, time.perf_counter()
+    bar.close()
+    student.eval()
+    return dict(seconds=time.perf_counter() - start - evaluation_s, first_dev=first_dev, last_dev=last_dev)
+
+
+@torch.no_grad()
+def evaluate(args, student, teacher, examples, tokenizer, vocab, hw):
+    """Means over the response tokens of `examples` of everything in `measure`, the student's dropout off."""
+    was_training, sums = student.training, Counter()
+    student.eval()
+    size = args.micro_batch_size or args.batch_size
+    examples = sorted(examples, key=len)
+    for i in range(0, len(examples), size):
+        batch = collate(examples[i : i + size], tokenizer.pad_token_id).to(hw.device)
+        sums.update(run_batch(student, teacher, batch, vocab, hw, need_p0=args.teacher_moves, look=True))
+    student.train(was_training)
+    tokens = sum(len(example.response_ids) for example in examples)
+    return {name: float(value) / tokens for name, value in sums.items()}
+
+
+def collapsed(first, now):
+    """1.0 when teacher and student met far away from the teacher's knowledge: the module has drifted from p_0 further
+    than the student was from it at the start, and the student predicts the gold text worse than at the start."""
+    return float(now["drift"] > first["fkl"] and now["student_ce"] > first["student_ce"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generating and scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sample=False, seed=0, **options):
+    """Lists of prompt ids -> lists of response ids, in the same order; EOS, where one was written, is kept.
+
+    Left-padded batches of prompts of like length, KV cache, eval mode, never beyond the model's positions. sample=True draws at temperature 1 from the whole
+    distribution, and the same seed draws the same text; `options` go to transformers' GenerationConfig."""
+    room = positions(model) - max(map(len, prompts))
+    config = transformers.GenerationConfig(
+        max_new_tokens=int(min(max_new_tokens, room)), do_sample=sample, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_p=1.0, top_k=0) if sample else {}) | options,
+    )  # fmt: skip
+    was_training, responses = model.training, [None] * len(prompts)
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # out of memory at once or never
+    devices = [hw.device] if hw.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), hw.autocast():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in rows)
+            input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+            attention_mask = torch.zeros_like(input_ids)
+            for row, i in enumerate(rows):
+                input_ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                attention_mask[row, width - len(prompts[i]) :] = 1
+            output = model.generate(input_ids=input_ids.to(hw.device), attention_mask=attention_mask.to(hw.device),
+                                    generation_config=config)  # fmt: skip
+            for i, ids in zip(rows, output[:, width:].tolist()):
+                end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+                responses[i] = ids[:end]
+    model.train(was_training)
+    return responses
+
+
+def rouge_l(prediction, references):
+    """Rouge-L F times 100, with the stemmer, the best over the references. Lin 2004; rouge-score's implementation."""
+    return 100 * _rouge_scorer().score_multi(references, prediction)["rougeL"].fmeasure
+
+
+@functools.cache
+def _rouge_scorer():
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def score(args, model, tokenizer, examples, hw):
+    """-> (mean Rouge-L of greedy answers, the answers)."""
+    ids = generate(model, tokenizer, [example.prompt_ids for example in examples], hw, args.max_new_tokens)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    scores = [rouge_l(text, example.references) for text, example in zip(texts, examples)]
+    return sum(scores) / len(scores), texts
+
+
+def format_table(header, rows):
+    """Cells to one string: first column left, the others right."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stays on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Report:
+    """One dict of metrics, three readers: the progress bar (or the console), metrics.jsonl, and wandb under --track."""
+
+    def __init__(self, folder, wandb_run=None):
+        self.file, self.wandb_run = open(folder / "metrics.jsonl", "a", buffering=1), wandb_run
+        self.start, self.printed = time.perf_counter(), {}
+
+    def __call__(self, phase, step, metrics, bar=None):
+        record = dict(phase=phase, step=step, seconds=round(time.perf_counter() - self.start, 3), **metrics)
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb_run is not None and phase == "distil":
+            self.wandb_run.log(metrics | {"step": step})
+        shown = {name.split("/")[1]: f"{value:.3g}" for name, value in metrics.items()
+                 if name.split("/")[1] in ("student_loss", "teacher_loss", "student_ce", "fkl", "tokens_per_s")}  # fmt: skip
+        if bar is not None and not bar.disable:
+            if any(name.startswith("train/") for name in metrics):
+                bar.set_postfix(shown, refresh=False)
+        elif bar is not None and (bar.total is None or step * 5 // bar.total != self.printed.get(phase)):
+            self.printed[phase] = step * 5 // bar.total
+            kind = " (dev)" if "dev/fkl" in metrics else ""
+            print(f"  {phase} step {step}/{bar.total}{kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+
+
+def write_folder(folder, *savers):
+    """Call every saver on a temporary folder, then rename: the folder is there whole or not at all."""
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    for save in savers:
+        save(temporary)
+    if folder.exists():  # another process was faster, with the same content
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(folder)
+
+
+def warm_start(args, role, data, tokenizer, hw, report):
+    """Fine-tune `role` on gold text unless a model with the same key is kept already. -> (its name or folder, seconds).
+
+    The key holds all that determines the weights; the weights are always read back from disk, so that a run which trained
+    them and one which found them start from the same bits."""
+    name, full = getattr(args, role), role == "student" or args.teacher_sft == "full"
+    epochs, lr = getattr(args, f"{role}_sft_epochs"), getattr(args, f"{role}_sft_lr")
+    if epochs == 0 and name != "demo":
+        return name, 0.0
+    rows = data["teacher" if role == "teacher" else "train"]
+    files = sorted(pathlib.Path(name).iterdir()) if os.path.isdir(name) else []
+    determinants = dict(
+        role=role, full=full, epochs=epochs, lr=lr, source=[name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)],
+        config=demo_config(role).to_dict() if name == "demo" else None, versions=[torch.__version__, transformers.__version__],
+        lora=None if full else [args.lora_rank, args.lora_alpha, args.lora_targets], hardware=[hw.device.type, str(hw.dtype)],
+        data=hashlib.sha256(json.dumps([(e.prompt_ids, e.response_ids) for e in rows]).encode()).hexdigest(),
+        training=[getattr(args, f) for f in ("max_steps", "batch_size", "warmup", "weight_decay", "max_grad_norm", "sft_seed")],
+    )  # fmt: skip
+    key = hashlib.sha256(json.dumps(determinants, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    folder = pathlib.Path(args.cache_dir).resolve() / f"{role}-{short_name(name)}-{key}"
+    if folder.exists():
+        print(f"{role}: warm start kept in {folder}")
+        return str(folder), 0.0
+    model = load_model(name, role, args, torch.float32 if full else hw.dtype).to(hw.device)
+    check_length(model, role, args)
+    if not full:
+        torch.manual_seed(args.sft_seed)
+        model = peft.get_peft_model(model, lora_config(model, args))
+    steps = count_steps(args, len(rows), epochs)
+    sft = dataclasses.replace(args, method="sft", text="data", divergence="fkl", student_ce_weight=1.0, teacher_moves=False)
+    result = train(sft, f"{role} sft", model, None, dict(train=rows), tokenizer, head_rows(model), hw, report, lr, steps, args.sft_seed)
+    model = model if full else model.merge_and_unload()
+    write_folder(folder, model.save_pretrained, tokenizer.save_pretrained)
+    return str(folder), result["seconds"]
+
+
+def count_steps(args, rows, epochs):
+    steps = max(1, round(epochs * rows / min(args.batch_size, rows))) if epochs else 0
+    return min(steps, args.max_steps or steps)
+
+
+def short_name(name):
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", pathlib.PurePath(name).name).strip("-.") or "model"
+
+
+def start_wandb(args, folder):
+    """A run of Weights & Biases whose config is the flags, whose name is the folder's."""
+    import wandb
+
+    group = args.wandb_group or f"{short_name(args.student)}-from-{short_name(args.teacher)}"
+    run = wandb.init(project=args.wandb_project, entity=args.wandb_entity, group=group, name=folder.name,
+                     config=dataclasses.asdict(args), dir=str(folder), save_code=True)  # fmt: skip
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def distil(args):
+    """The whole job: data, warm starts, distillation, scores. -> the run's folder. Raises UserError."""
+    args = resolve(args)
+    hw = pick_hardware(args)
+    stamp = time.strftime("%m%d-%H%M%S")
+    folder = pathlib.Path(args.output_dir or f"runs/{args.method}-{short_name(args.student)}-{short_name(args.teacher)}-s{args.seed}-{stamp}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds a run or other files: choose another --output-dir")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between peft and transformers, not us
+    if args.trust_remote_code:
+        print("trust_remote_code is on: code from the model repositories will run")
+
+    tokenizer, student_tokenizer = load_tokenizer(args.teacher, args), load_tokenizer(args.student, args)
+    check_same_tokenizer(tokenizer, student_tokenizer)
+    data = load_data(args, tokenizer)
+    print(f"{args.method} on {hw.device} in {str(hw.dtype).removeprefix('torch.')}: "
+          + ", ".join(f"{len(data[split])} {split}" for split in ("train", "dev", "test")) + " rows")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    report = Report(folder, start_wandb(args, folder) if args.track else None)
+
+    teacher_source, teacher_s = warm_start(args, "teacher", data, tokenizer, hw, report)
+    student_source, student_s = warm_start(args, "student", data, tokenizer, hw, report)
+    teacher = load_model(teacher_source, "teacher", args, hw.dtype).requires_grad_(False).to(hw.device)
+    student = load_model(student_source, "student", args, torch.float32).to(hw.device)
+    check_length(teacher, "teacher", args), check_length(student, "student", args)
+    vocabs = [head_rows(model) for model in (teacher, student)]
+    vocab = min(vocabs)
+    if vocabs[0] != vocabs[1]:
+        print(f"heads of {vocabs[0]} (teacher) and {vocabs[1]} (student) rows: both are cut to the {vocab} they share")
+
+    clock, test = time.perf_counter(), data["test"][: args.score_rows]
+    scores = {"teacher": score(args, teacher, tokenizer, test, hw),
+              "student, warm start": score(args, student, tokenizer, test, hw)} if test else {}  # fmt: skip
+    scoring_s = time.perf_counter() - clock
+    if args.teacher_moves:
+        teacher = add_online_module(teacher, args)
+    steps = count_steps(args, len(data["train"]), args.epochs)
+    result = train(args, "distil", student, teacher, data, tokenizer, vocab, hw, report, args.lr, steps, args.seed)
+    write_folder(folder / "student", student.save_pretrained, student_tokenizer.save_pretrained)
+    if args.teacher_moves:
+        write_folder(folder / "teacher_lora", teacher.save_pretrained)
+    if test:
+        clock = time.perf_counter()
+        scores[f"student, {args.method}"] = score(args, student, tokenizer, test, hw)
+        scoring_s += time.perf_counter() - clock
+    summarize(args, folder, report, scores, result, dict(teacher=teacher_s, warm=student_s, scoring=scoring_s), test)
+    return folder
+
+
+def summarize(args, folder, report, scores, result, seconds, test):
+    """Print the table of the run, and what it means; the same numbers go to metrics.jsonl and wandb."""
+    first, last = result["first_dev"] or {}, result["last_dev"] or {}
+    name = f"student, {args.method}"
+    times = {"teacher": seconds["teacher"], "student, warm start": seconds["warm"], name: result["seconds"]}
+    dev_ce = {"teacher": first.get("teacher_ce"), "student, warm start": first.get("student_ce"), name: last.get("student_ce")}
+    dev_fkl = {"teacher": 0.0 if first else None, "student, warm start": first.get("fkl"), name: last.get("fkl")}
+    rouge = {row: scores[row][0] if row in scores else None for row in times}
+    show = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
+    rows = [(row, show(rouge[row], 2), show(dev_ce[row], 3), show(dev_fkl[row], 3), show(times[row], 1)) for row in times]
+    print("\n" + format_table(("", "Rouge-L", "dev CE", "dev KL(p_0||q)", "training s"), rows))
+    print(f"Rouge-L: greedy, {len(test)} test rows. Scoring took {seconds['scoring']:.1f} s; 0.0 s of training: found in the cache or not asked for.")
+    final = dict(rouge_l_teacher=rouge["teacher"], rouge_l_warm_start=rouge["student, warm start"], rouge_l=rouge[name])
+    if scores:
+        gain, gap = rouge[name] - rouge["student, warm start"], rouge["teacher"] - rouge["student, warm start"]
+        verdict = "gained" if gain > 0 else "did NOT gain: it lost" if gain < 0 else "gained nothing:"
+        print(f"{args.method} {verdict} {abs(gain):.2f} points over the warm start; the teacher is {gap:.2f} above it.")
+    if last.get("collapsed"):
+        print(f"COLLAPSE: the module drifted {last['drift']:.3f} nats from p_0, further than the student was at the start "
+              f"({first['fkl']:.3f}), and the student's dev CE rose. Raise --teacher-ce-weight or --anchor, lower --lam.")  # fmt: skip
+    report("final", 0, {f"final/{k}": v for k, v in final.items()} | {f"time/{k}_s": v for k, v in times_of(seconds, result).items()})
+    if report.wandb_run is not None:
+        import wandb
+
+        columns = ["prompt", "reference", *scores]
+        samples = zip(test[:20], *(texts[:20] for _, texts in scores.values()))
+        table = wandb.Table(columns, [[e.prompt, e.references[0], *texts] for e, *texts in samples])
+        report.wandb_run.log({"samples": table} if scores else {})
+        report.wandb_run.summary.update(final | {f"dev/{k}": v for k, v in last.items()})
+        report.wandb_run.finish()
+    print(f"run: {folder}")
+
+
+def times_of(seconds, result):
+    return dict(teacher_sft=seconds["teacher"], student_sft=seconds["warm"], distil=result["seconds"], scoring=seconds["scoring"])
+
+
+def main(argv=None):
+    args = tyro.cli(Args, args=argv, prog="okd.py")
+    try:
+        distil(args)
+    except UserError as error:
+        print(f"okd.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1027 @@
+"""Tests of okd.py and eval.py: closed forms, golden numbers, a second way of computing it; values and gradients.
+
+    pytest                # tiny models from configs, no downloads, no GPU
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import peft
+import pytest
+import torch
+import transformers
+
+import eval as okd_eval
+import okd
+
+ROOT = pathlib.Path(__file__).parent
+CPU = okd.Hardware(torch.device("cpu"), torch.float32)
+torch.set_num_threads(2)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiny models and data
+# ---------------------------------------------------------------------------------------------------------------------
+
+LLAMA_SHAPE = dict(vocab_size=384, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                   intermediate_size=48, max_position_embeddings=256, bos_token_id=1, eos_token_id=1, pad_token_id=0)  # fmt: skip
+CONFIGS = {
+    "gpt2": transformers.GPT2Config(vocab_size=384, n_positions=256, n_embd=32, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=1),
+    "llama": transformers.LlamaConfig(**LLAMA_SHAPE),
+    "opt": transformers.OPTConfig(vocab_size=384, hidden_size=32, num_hidden_layers=4, ffn_dim=48, num_attention_heads=4,
+                                  word_embed_proj_dim=16, max_position_embeddings=256, bos_token_id=1, eos_token_id=1, pad_token_id=0),
+    "gemma2": transformers.Gemma2Config(**LLAMA_SHAPE, head_dim=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "cohere": transformers.CohereConfig(**LLAMA_SHAPE, logit_scale=0.25),
+    "qwen3": transformers.Qwen3Config(**LLAMA_SHAPE, head_dim=8),
+}  # fmt: skip
+
+
+NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def tiny(family="gpt2", seed=0, dtype=torch.float32, **changes):
+    torch.manual_seed(seed)
+    config = CONFIGS[family].__class__(**{**CONFIGS[family].to_dict(), **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():  # a fresh head is nearly uniform: spread it, so that a wrong number shows
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def tiny_args(**changes):
+    return okd.resolve(okd.Args(**{**dict(batch_size=4, epochs=1, eval_rows=8, score_rows=2, log_every=1, lora_rank=4), **changes}))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return okd.load_tokenizer("demo", okd.Args())
+
+
+@pytest.fixture(scope="session")
+def examples(tokenizer):
+    return okd.encode(list(enumerate(okd.demo_rows(40, seed=1), 1)), tokenizer, tiny_args(), "demo")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, tokenizer):
+    """Tiny teacher and student of three families, as local Hugging Face folders."""
+    root = tmp_path_factory.mktemp("models")
+    for family in ("gpt2", "llama", "opt"):
+        for role, seed in (("teacher", 1), ("student", 2)):
+            tiny(family, seed).save_pretrained(root / family / role)
+            tokenizer.save_pretrained(root / family / role)
+    return root
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in okd.demo_rows(40, seed=1)))
+    return path
+
+
+def random_logits(*shape, seed=0, dtype=torch.float64, scale=2.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * scale
+
+
+def silent_report(phase, step, metrics, bar=None):
+    pass
+
+
+def train_tiny(args, student, teacher, examples, tokenizer, steps=2, vocab=384, report=silent_report, hw=CPU, dev=None):
+    data = dict(train=examples, dev=dev or [])
+    return okd.train(args, "distil", student, teacher, data, tokenizer, vocab, hw, report, args.lr, steps, args.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergences
+# ---------------------------------------------------------------------------------------------------------------------
+
+Z_Q = torch.tensor([[1, 2, 0.5, -1, 0], [0.2, -0.3, 1.5, 0.7, -2], [3, 0, -1, 0.5, 0.25], [0, 1, 2, 3, 4]], dtype=torch.float64)
+Z_P = torch.tensor([[0.5, 1.5, 2, -0.5, -3], [-1, 0.4, 2.2, 0.1, 0.3], [-2, 1, 0.8, 0.6, 0], [4, 3, 2, 1, 0]], dtype=torch.float64)
+LABELS, MASK = torch.tensor([2, 2, 1, 0]), torch.tensor([True, True, True, False])
+
+GOLDEN_MEANS = [
+    ("fkl", {}, 0.881736), ("rkl", {}, 1.235699), ("jsd", {"beta": 0.1}, 0.074367), ("jsd", {"beta": 0.5}, 0.198544),
+    ("jsd", {"beta": 0.9}, 0.088625), ("tvd", {}, 0.494317), ("frkl", {}, (0.881736 + 1.235699) / 2),
+    ("sfkl", {"skew": 0.1}, 0.639753), ("srkl", {"skew": 0.1}, 0.693332), ("akl", {"mu": 0.5}, 1.111744),
+    ("ab", {"alpha": 0.2, "beta": 0.7}, 1.216299), ("ab", {"alpha": 0.5, "beta": 0.5}, 0.896927),
+    ("taid", {"t": 0.4}, 1.531312), ("taid", {"t": 1.0}, 2.064631),
+]  # fmt: skip
+GOLDEN_TOKENS = [
+    ("fkl", {}, [0.499399, 0.262005, 1.883805]), ("rkl", {}, [0.488304, 0.289318, 2.929474]),
+    ("tvd", {}, [0.410373, 0.266062, 0.806517]), ("sfkl", {}, [0.374244, 0.202914, 1.342102]),
+    ("srkl", {}, [0.355842, 0.216055, 1.508100]), ("akl", {}, [None, None, 2.560219]),
+]  # fmt: skip
+EVERY = [(name, {"t": 0.6} if name == "taid" else {}) for name in okd.DIVERGENCES]
+every_divergence = pytest.mark.parametrize("name, parameters", EVERY, ids=[name for name, _ in EVERY])
+
+
+def divergence(name, parameters):
+    return lambda p, q: okd.DIVERGENCES[name][0](p, q, **parameters)
+
+
+@pytest.mark.parametrize("name, parameters, golden", GOLDEN_MEANS)
+def test_golden_mean_over_the_mask(name, parameters, golden):
+    value = divergence(name, parameters)(Z_P[MASK], Z_Q[MASK]).mean()
+    assert value.item() == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize("name, parameters, golden", GOLDEN_TOKENS)
+def test_golden_tokens(name, parameters, golden):
+    values = divergence(name, parameters)(Z_P[MASK], Z_Q[MASK]).tolist()
+    assert all(expected is None or value == pytest.approx(expected, abs=1e-6) for value, expected in zip(values, golden))
+
+
+def test_golden_cross_entropy():
+    values = okd.cross_entropy(Z_Q[MASK], LABELS[MASK])
+    assert values.tolist() == pytest.approx([2.074438, 0.650948, 3.194016], abs=1e-6)
+
+
+def test_fkl_and_rkl_are_those_of_torch_distributions():
+    p, q = (torch.distributions.Categorical(logits=z) for z in (Z_P, Z_Q))
+    torch.testing.assert_close(okd.fkl(Z_P, Z_Q), torch.distributions.kl_divergence(p, q))
+    torch.testing.assert_close(okd.rkl(Z_P, Z_Q), torch.distributions.kl_divergence(q, p))
+
+
+@every_divergence
+def test_zero_gradient_and_zero_value_where_the_student_is_the_teacher(name, parameters):
+    q = Z_P.clone().requires_grad_()
+    value = divergence(name, parameters)(Z_P, q)
+    entropy = torch.distributions.Categorical(logits=Z_P).entropy()
+    torch.testing.assert_close(value.detach(), entropy if name == "taid" else torch.zeros(4, dtype=torch.float64))
+    if name != "tvd":  # |x| has no gradient at 0; autograd's choice is 0 there too
+        (gradient,) = torch.autograd.grad(value.sum(), q)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
+@every_divergence
+def test_positive_elsewhere_and_blind_to_a_constant_on_all_logits(name, parameters):
+    p, q = random_logits(50, 11, seed=1), random_logits(50, 11, seed=2)
+    function = divergence(name, parameters)
+    assert (function(p, q) > 0).all()
+    torch.testing.assert_close(function(p + 3, q - 5), function(p, q))
+
+
+@every_divergence
+def test_finite_in_float32_with_sharp_logits_values_and_gradients(name, parameters):
+    p, q = torch.zeros(2, 7), torch.zeros(2, 7)
+    p[:, 1], q[0, 1], q[1, 4] = 1e4, 1e4, 1e4
+    q.requires_grad_()
+    value = divergence(name, parameters)(p, q)
+    value.sum().backward()
+    assert value.isfinite().all() and q.grad.isfinite().all()
+
+
+@every_divergence
+def test_student_gradient_against_finite_differences(name, parameters):
+    p, q = random_logits(3, 6, seed=3), random_logits(3, 6, seed=4).requires_grad_()
+    function = divergence(name, parameters)
+    if name == "akl":  # its weights are constants, so the truth is the weighted sum with the weights held
+        share = ((okd.akl(p, q) - okd.rkl(p, q)) / (okd.fkl(p, q) - okd.rkl(p, q))).detach()
+        function = lambda p, q: share * okd.fkl(p, q) + (1 - share) * okd.rkl(p, q)  # noqa: E731
+        (mine,), (truth,) = (torch.autograd.grad(f(p, q).sum(), q) for f in (okd.akl, function))
+        torch.testing.assert_close(mine, truth)
+    if name == "taid":  # so is its target
+        target = ((1 - 0.6) * q.detach() + 0.6 * p).softmax(-1)
+        function = lambda p, q: -(target * q.log_softmax(-1)).sum(-1)  # noqa: E731
+        (mine,), (truth,) = (torch.autograd.grad(f(p, q).sum(), q) for f in (divergence(name, parameters), function))
+        torch.testing.assert_close(mine, truth)
+    assert torch.autograd.gradcheck(lambda q: function(p, q), q)
+
+
+def test_gradient_of_fkl_is_q_minus_p_and_to_the_teacher_it_keeps_the_entropy():
+    p, q = Z_P.clone().requires_grad_(), Z_Q.clone().requires_grad_()
+    value = okd.fkl(p, q)
+    to_p, to_q = torch.autograd.grad(value.sum(), (p, q))
+    torch.testing.assert_close(to_q, (q.softmax(-1) - p.softmax(-1)).detach())
+    gap = p.log_softmax(-1) - q.log_softmax(-1)
+    torch.testing.assert_close(to_p, (p.softmax(-1) * (gap - value[:, None])).detach())
+
+
+def test_gradient_of_rkl():
+    q = Z_Q.clone().requires_grad_()
+    value = okd.rkl(Z_P, q)
+    (gradient,) = torch.autograd.grad(value.sum(), q)
+    gap = q.log_softmax(-1) - Z_P.log_softmax(-1)
+    torch.testing.assert_close(gradient, (q.softmax(-1) * (gap - value[:, None])).detach())
+
+
+def test_jsd_is_symmetric_at_a_half_below_log_2_and_tends_to_fkl():
+    torch.testing.assert_close(okd.jsd(Z_P, Z_Q, 0.5), okd.jsd(Z_Q, Z_P, 0.5))
+    torch.testing.assert_close(okd.jsd(Z_P, Z_Q, 0.3), okd.jsd(Z_Q, Z_P, 0.7))
+    far = torch.eye(4, dtype=torch.float64) * 100
+    assert (okd.jsd(far, far.flip(0), 0.5) <= math.log(2)).all()
+    torch.testing.assert_close(okd.jsd(Z_P, Z_Q, 1e-6) / 1e-6, okd.fkl(Z_P, Z_Q), rtol=1e-4, atol=0)
+    torch.testing.assert_close(okd.jsd(Z_P, Z_Q, 0), okd.fkl(Z_P, Z_Q))
+    torch.testing.assert_close(okd.jsd(Z_P, Z_Q, 1), okd.rkl(Z_P, Z_Q))
+
+
+def test_skewed_kls_against_mixtures_of_probabilities():
+    p, q = Z_P.softmax(-1), Z_Q.softmax(-1)
+    m = 0.3 * p + 0.7 * q
+    torch.testing.assert_close(okd.sfkl(Z_P, Z_Q, 0.3), (p * (p / m).log()).sum(-1))
+    m = 0.7 * p + 0.3 * q
+    torch.testing.assert_close(okd.srkl(Z_P, Z_Q, 0.3), (q * (q / m).log()).sum(-1))
+    torch.testing.assert_close(okd.sfkl(Z_P, Z_Q, 0), okd.fkl(Z_P, Z_Q))
+
+
+def test_ab_has_fkl_and_rkl_as_limits_and_its_closed_forms_are_limits():
+    torch.testing.assert_close(okd.ab(Z_P, Z_Q, 1, 0), okd.fkl(Z_P, Z_Q))
+    torch.testing.assert_close(okd.ab(Z_P, Z_Q, 0, 1), okd.rkl(Z_P, Z_Q))
+    for alpha, beta in ((0.6, 0), (0, 0.6)):
+        near = okd.ab(Z_P, Z_Q, alpha or 1e-7, beta or 1e-7)
+        torch.testing.assert_close(okd.ab(Z_P, Z_Q, alpha, beta), near, rtol=1e-5, atol=0)
+
+
+def test_akl_puts_the_token_that_crosses_mu_into_the_head():
+    p, q = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64), torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    head, tail = abs(0.4 - 0.1) + abs(0.3 - 0.2), abs(0.2 - 0.3) + abs(0.1 - 0.4)  # mu = 0.5: 0.4 < 0.5 <= 0.7
+    by_hand = (head * okd.fkl(p.log(), q.log()) + tail * okd.rkl(p.log(), q.log())) / (head + tail)
+    torch.testing.assert_close(okd.akl(p.log(), q.log(), mu=0.5), by_hand)
+
+
+def test_temperature_softens_both_sides_and_keeps_the_gradients_size():
+    q = Z_Q.clone().requires_grad_()
+    value = okd.softened(okd.fkl, Z_P, q, 2.0)
+    torch.testing.assert_close(value.detach(), 4 * okd.fkl(Z_P / 2, Z_Q / 2))
+    (gradient,) = torch.autograd.grad(value.sum(), q)
+    torch.testing.assert_close(gradient, 2 * ((Z_Q / 2).softmax(-1) - (Z_P / 2).softmax(-1)))
+
+
+def test_taid_step_against_the_rule_written_out():
+    state = dict(t=torch.tensor(0.4), momentum=torch.tensor(0.0), loss=torch.tensor(math.inf))
+    losses, t, momentum, previous = [3.0, 2.5, 2.6, 1.0], 0.4, 0.0, None
+    for i, loss in enumerate(losses):
+        okd.taid_step(state, torch.tensor(loss), progress=i / 10, start=0.4)
+        change = 0.0 if previous is None else (previous - loss) / (previous + 1e-15)
+        momentum = 0.99 * momentum + 0.01 * change
+        delta = 5e-4 / (1 + math.exp(-momentum)) * (1 - t)
+        t, previous = min(1.0, max(0.4 + 0.6 * i / 10, t + delta)), loss
+        assert state["t"].item() == pytest.approx(t, abs=1e-6)
+    assert t > 0.4 + 0.6 * 3 / 10 - 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two losses of OKD
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam, anchor", [(0.5, 0.0), (0.0, 0.0), (2.0, 0.7)])
+def test_the_teachers_gradient_pulls_it_to_the_mixture_of_gold_student_and_start(lam, anchor):
+    p, q, p0 = random_logits(5, 7, seed=1).requires_grad_(), random_logits(5, 7, seed=2), random_logits(5, 7, seed=3)
+    labels = torch.tensor([0, 1, 2, 3, 4])
+    loss = okd.teacher_loss(p, q, p0, labels, 1.0, lam, anchor, "qp", 1.0)
+    (gradient,) = torch.autograd.grad(loss.sum(), p)
+    gold = torch.nn.functional.one_hot(labels, 7).double()
+    mixture = (gold + lam * q.softmax(-1) + anchor * p0.softmax(-1)) / (1 + lam + anchor)
+    torch.testing.assert_close(gradient, (1 + lam + anchor) * (p.softmax(-1) - mixture).detach())
+
+
+def test_teacher_kl_directions():
+    labels = LABELS
+    qp, pq = (okd.teacher_loss(Z_P, Z_Q, Z_P, labels, 0.0, 2.0, 0.0, way, 1.0) for way in ("qp", "pq"))
+    torch.testing.assert_close(qp, 2 * okd.rkl(Z_P, Z_Q))  # rkl(p, q) = KL(q || p)
+    torch.testing.assert_close(pq, 2 * okd.fkl(Z_P, Z_Q))
+
+
+def test_neither_loss_reaches_into_the_other_network():
+    p, q, p0 = (z.clone().requires_grad_() for z in (Z_P, Z_Q, Z_P))
+    loss = okd.student_loss(p, q, LABELS, okd.fkl, 0.5).sum()
+    assert torch.autograd.grad(loss, (p, p0), allow_unused=True) == (None, None)
+    loss = okd.teacher_loss(p, q, p0, LABELS, 1.0, 1.0, 1.0, "qp", 1.0).sum()
+    assert torch.autograd.grad(loss, (q, p0), allow_unused=True) == (None, None)
+
+
+def test_student_loss_weighs_divergence_and_gold_text():
+    value = okd.student_loss(Z_P, Z_Q, LABELS, okd.rkl, 0.3)
+    torch.testing.assert_close(value, 0.7 * okd.rkl(Z_P, Z_Q) + 0.3 * okd.cross_entropy(Z_Q, LABELS))
+
+
+def test_lam_schedules():
+    assert [okd.lam_at(x, 2.0, "rise") for x in (0, 0.5, 1)] == [0, 1, 2]
+    assert [okd.lam_at(x, 2.0, "fall") for x in (0, 0.5, 1)] == [2, 1, 0]
+    assert okd.lam_at(0.3, 2.0, "constant") == 2
+
+
+def test_measure_against_torch_distributions():
+    p0, p, q = (random_logits(6, 9, seed=s) for s in (1, 2, 3))
+    labels = torch.arange(6)
+    sums = okd.measure(p0, p, q, labels)
+    d0, dp, dq = (torch.distributions.Categorical(logits=z) for z in (p0, p, q))
+    kl = torch.distributions.kl_divergence
+    expected = dict(fkl=kl(d0, dq), rkl=kl(dq, d0), student_ce=-dq.log_prob(labels), teacher_ce=-dp.log_prob(labels),
+                    student_entropy=dq.entropy(), teacher_entropy=dp.entropy(), drift=kl(d0, dp),
+                    top1_agreement=(p0.argmax(-1) == q.argmax(-1)).float())  # fmt: skip
+    assert sums.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(sums[name], expected[name].sum(), msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def example(prompt, response):
+    return okd.Example("", [""], prompt, response)
+
+
+def test_labels_are_the_next_tokens_and_eos_counts_even_where_pad_is_eos():
+    eos = 7
+    batch = okd.collate([example([1, 2, 3], [4, 5, eos]), example([1], [6, eos])], pad_id=eos)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, eos], [1, 6, eos, eos, eos, eos]]
+    assert batch.mask.tolist() == [[False, False, True, True, True, False], [True, True, False, False, False, False]]
+    assert batch.labels.tolist() == [4, 5, eos, 6, eos]  # both EOS targets, none of the padding
+    assert batch.positions.tolist() == [2, 3, 4, 6, 7]
+
+
+def test_encode_drops_what_cannot_be_trained_on_and_counts_it(tokenizer, capsys):
+    args = tiny_args(max_length=12, max_prompt_length=8)
+    rows = [("ok", "yes"), ("x" * 9, "long prompt"), ("empty", ""), ("cut", "y" * 30)]
+    rows = [(i, dict(prompt=p, response=r)) for i, (p, r) in enumerate(rows)]
+    kept = okd.encode(rows, tokenizer, args, "here")
+    assert [e.prompt for e in kept] == ["ok", "cut"]
+    assert kept[0].response_ids[-1] == tokenizer.eos_token_id
+    assert len(kept[1]) == 12 and tokenizer.eos_token_id not in kept[1].response_ids  # cut: no false end
+    assert "kept 2 of 4 rows, dropped 1 with a prompt over 8 tokens, 1 with an empty response" in capsys.readouterr().out
+
+
+def test_prompt_and_response_are_tokenised_apart(tokenizer):
+    class Merging:  # a tokenizer that merges "ab" wherever it sees it
+        eos_token_id = 0
+
+        def __call__(self, text, add_special_tokens):
+            return transformers.BatchEncoding(dict(input_ids=[99 if part == "ab" else ord(part) for part in re.findall("ab|.", text)]))
+
+    (kept,) = okd.encode([(1, dict(prompt="a", response="b"))], Merging(), tiny_args(), "x")
+    assert kept.prompt_ids == [ord("a")] and kept.response_ids == [ord("b"), 0]
+
+
+def test_template_is_alpacas():
+    assert okd.alpaca_prompt("Say hi.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay hi.\n\n### Response:\n"
+    )
+    assert okd.alpaca_prompt("Sum.", "1 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nSum.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+
+
+def test_row_formats(tokenizer):
+    assert okd.render(dict(prompt="p", response="r"), tokenizer) == ("p", ["r"], False)
+    assert okd.render(dict(instruction="i", input="", output=["a", "b"], prompt="x"), tokenizer)[:2] == (okd.alpaca_prompt("i"), ["a", "b"])
+    chat = okd.load_tokenizer("demo", okd.Args())
+    chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    messages = [dict(role="user", content="hi"), dict(role="assistant", content="yo")]
+    assert okd.render(dict(messages=messages), chat) == ("<user>hi<assistant>", ["yo"], True)
+
+
+def test_template_equals_the_prompt_that_the_hubs_rows_carry(tokenizer):
+    folder = ROOT.parent / "shared" / "data" / "raw_format"
+    if not folder.exists():
+        pytest.skip("the samples in the hub's own format are not here")
+    rows = [row for path in sorted(folder.glob("*.jsonl")) for _, row in okd.read_jsonl(path)]
+    carried = [row for row in rows if "prompt" in row and "### Response:" in row["prompt"]]
+    assert carried
+    for row in carried:
+        assert okd.render(row, tokenizer)[0].strip() == row["prompt"].strip()
+
+
+def test_demo_rows_are_seeded_and_share_no_prompt():
+    rows = okd.demo_rows(1000, seed=0)
+    assert rows == okd.demo_rows(1000, seed=0) and rows != okd.demo_rows(1000, seed=1)
+    assert len({row["prompt"] for row in rows}) == 1000
+    assert all(1 < len(set(row["response"])) == len(row["response"]) for row in rows)
+
+
+def test_every_row_is_seen_once_an_epoch_in_an_order_of_seed_and_epoch():
+    lengths = [(7 * i) % 31 for i in range(100)]
+    epoch = lambda seed, number: [okd.batch_indices(lengths, 10, seed, number * 10 + i) for i in range(10)]  # noqa: E731
+    assert sorted(sum(epoch(1, 0), [])) == list(range(100))
+    assert epoch(1, 0) == epoch(1, 0) and epoch(1, 0) != epoch(1, 1) and epoch(1, 0) != epoch(2, 0)
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in epoch(1, 0)]
+    assert max(spread) <= 5  # rows of like length stand together
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trunk, head and chunks against the plain way
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_logits(model, batch, vocab=None):
+    """Logits of everything, with an attention mask, then the rows that predict a response token."""
+    lengths = batch.mask.size(1) - batch.mask.flip(1).float().argmax(1)  # the last predicting position + 1
+    attention = torch.arange(batch.mask.size(1))[None] <= lengths[:, None]
+    logits = model(input_ids=batch.input_ids, attention_mask=attention.long()).logits
+    return logits[batch.mask].float() if logits.dtype != torch.float64 else logits[batch.mask]
+
+
+@pytest.fixture
+def float64_head(monkeypatch):
+    """`head` ends in float32; for comparisons to 1e-10 let float64 through."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else self.to(torch.float32))
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_trunk_and_head_are_the_models_logits(family, with_lora, examples, float64_head):
+    model = tiny(family, dtype=torch.float64)
+    if with_lora:
+        model = okd.add_online_module(model, tiny_args(lora_top_layers=2))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    batch = okd.collate(examples[:5], 0)
+    fast = okd.head(model, okd.hidden_states(model, batch), 384)
+    torch.testing.assert_close(fast, plain_logits(model, batch), atol=1e-10, rtol=1e-8)
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("name", okd.DIVERGENCES)
+def test_chunks_give_the_plain_losses_and_gradients_of_both_networks(family, name, examples, float64_head, monkeypatch):
+    args = tiny_args(divergence=name, anchor=0.3, student_ce_weight=0.2)
+    state = dict(t=torch.tensor(0.6, dtype=torch.float64))
+    divergence = okd.bind_divergence(args, state)
+    batch, student = okd.collate(examples[:5], 0), tiny(family, 1, torch.float64)
+    teacher = okd.add_online_module(tiny(family, 2, torch.float64).requires_grad_(False), args)
+    for key, parameter in teacher.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    def losses(p0, p, q, labels):
+        return dict(student_loss=okd.student_loss(p, q, labels, divergence, 0.2),
+                    teacher_loss=okd.teacher_loss(p, q, p0, labels, 1.0, 0.5, 0.3, "qp", 1.0))  # fmt: skip
+
+    p, q = plain_logits(teacher, batch), plain_logits(student, batch)
+    with torch.no_grad(), teacher.disable_adapter():
+        p0 = plain_logits(teacher, batch)
+    plain = losses(p0, p, q, batch.labels)
+    (plain["student_loss"].sum() + plain["teacher_loss"].sum()).backward()
+    expected = gradients(student), gradients(teacher)
+    student.zero_grad(), teacher.zero_grad()
+
+    monkeypatch.setattr(okd, "CHUNK_ELEMENTS", 384 * 7)  # seven tokens a chunk
+    sums = okd.run_batch(student, teacher, batch, 384, CPU, losses, lambda total: total.backward(), True, True)
+    for key in plain:
+        torch.testing.assert_close(sums[key], plain[key].sum().detach(), atol=1e-10, rtol=1e-8)
+    for got, want in zip((gradients(student), gradients(teacher)), expected):
+        assert got.keys() == want.keys()
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], atol=1e-10, rtol=1e-7, msg=key)
+
+
+def test_padding_changes_nothing(examples, float64_head):
+    model = tiny(dtype=torch.float64)
+    batch = okd.collate(examples[:3], 0)
+    wider = okd.collate(examples[:3] + [example([5] * 60, [6] * 30)], 0)
+    narrow, wide = (okd.head(model, okd.hidden_states(model, b), 384) for b in (batch, wider))
+    torch.testing.assert_close(wide[: len(narrow)], narrow, atol=1e-10, rtol=1e-8)
+
+
+def test_vocabulary_is_cut_to_what_both_heads_have(examples, tokenizer):
+    teacher, student = tiny(seed=1, vocab_size=400).requires_grad_(False), tiny(seed=2, vocab_size=392)
+    batch = okd.collate(examples[:4], 0)
+    losses = lambda p0, p, q, labels: dict(student_loss=okd.fkl(p, q))  # noqa: E731
+    sums = okd.run_batch(student, teacher, batch, 392, CPU, losses)
+    expected = okd.fkl(plain_logits(teacher, batch)[:, :392], plain_logits(student, batch)).sum()
+    torch.testing.assert_close(sums["student_loss"], expected.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training: who moves, what a batch's split changes (nothing), precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed(before, model):
+    return {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
+
+
+def test_a_frozen_teacher_is_bit_identical_after_training(examples, tokenizer):
+    student, teacher = tiny(seed=1), tiny(seed=2).requires_grad_(False)
+    before, start = snapshot(teacher), snapshot(student)
+    train_tiny(tiny_args(method="rkl"), student, teacher, examples, tokenizer)
+    assert not changed(before, teacher) and changed(start, student) == set(start)
+
+
+@pytest.mark.parametrize("top_layers", [0, 1])
+def test_a_moving_teacher_differs_only_in_its_lora(examples, tokenizer, top_layers):
+    args = tiny_args(method="okd", lora_top_layers=top_layers)
+    teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
+    before = snapshot(teacher)
+    train_tiny(args, tiny(seed=1), teacher, examples, tokenizer)
+    moved = changed(before, teacher)
+    assert moved == {name for name in before if "lora_" in name}
+    layers = {int(re.search(r"\.h\.(\d+)\.", name)[1]) for name in moved}
+    assert layers == ({3} if top_layers else {0, 1, 2, 3})
+
+
+def test_with_the_module_off_the_moved_teacher_is_the_one_it_was(examples, tokenizer):
+    args, batch = tiny_args(method="okd"), okd.collate(examples[:4], 0)
+    original = plain_logits(tiny(seed=2), batch)
+    teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
+    torch.testing.assert_close(plain_logits(teacher, batch), original, atol=0, rtol=0)  # B = 0 at the start
+    train_tiny(args, tiny(seed=1), teacher, examples, tokenizer)
+    with torch.no_grad(), okd.module_off(teacher):
+        torch.testing.assert_close(plain_logits(teacher, batch), original, atol=0, rtol=0)
+    assert (plain_logits(teacher, batch) - original).abs().max() > 1e-4
+
+
+def test_the_students_first_step_is_the_same_whether_or_not_the_teacher_moves(examples, tokenizer):
+    ends = []
+    for moves in (False, True):
+        args = tiny_args(method="fkl", teacher_moves=moves)
+        student, teacher = tiny(seed=1, **NO_DROPOUT), tiny(seed=2).requires_grad_(False)
+        train_tiny(args, student, okd.add_online_module(teacher, args) if moves else teacher, examples, tokenizer, steps=1)
+        ends.append(student)
+    for a, b in zip(ends[0].parameters(), ends[1].parameters()):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("every, moves", [(1, 4), (2, 2), (3, 2)])
+def test_the_module_steps_on_every_nth_batch(examples, tokenizer, every, moves, monkeypatch):
+    args = tiny_args(update_teacher_every=every)
+    teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
+    seen, watched = [], next(p for name, p in teacher.named_parameters() if "lora_B" in name)
+
+    def report(phase, step, metrics, bar=None):
+        seen.append(watched.detach().clone())
+
+    train_tiny(args, tiny(seed=1), teacher, examples, tokenizer, steps=4, report=report)
+    seen = [torch.zeros_like(watched), *seen]
+    assert sum(not torch.equal(a, b) for a, b in zip(seen, seen[1:])) == moves
+
+
+@pytest.mark.parametrize("method", ["sft", "okd"])
+def test_the_split_into_micro_batches_changes_nothing(examples, tokenizer, method):
+    """One batch of eight ragged rows gives the gradient of four of two, of both networks."""
+    ends = []
+    for size in (None, 2, 3):
+        args = tiny_args(method=method, batch_size=8, micro_batch_size=size, max_grad_norm=0, anchor=0.5)
+        student, teacher = tiny(seed=1, **NO_DROPOUT), tiny(seed=2).requires_grad_(False)
+        teacher = okd.add_online_module(teacher, args) if args.teacher_moves else teacher
+        captured = {}
+
+        def capture(parameters, max_norm, captured=captured):
+            captured[len(captured)] = [p.grad.clone() for p in parameters]
+            return torch.zeros(())
+
+        original, torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_, capture
+        try:
+            train_tiny(args, student, teacher, examples, tokenizer, steps=1)
+        finally:
+            torch.nn.utils.clip_grad_norm_ = original
+        ends.append(captured)
+    assert len(ends[0]) == (2 if method == "okd" else 1)
+    for other in ends[1:]:
+        for network in other:
+            for a, b in zip(ends[0][network], other[network]):
+                torch.testing.assert_close(a, b, atol=2e-7, rtol=1e-4)
+
+
+def test_one_batch_can_be_learnt_by_heart(examples, tokenizer):
+    args, losses = tiny_args(method="fkl", lr=3e-3, warmup=0.0), []
+    student, teacher = tiny(seed=1, **NO_DROPOUT), tiny(seed=2).requires_grad_(False)
+    train_tiny(args, student, teacher, examples[:4], tokenizer, steps=60,
+               report=lambda phase, step, metrics, bar=None: losses.append(metrics["train/fkl"]))  # fmt: skip
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("method", okd.METHODS)
+def test_every_row_of_the_method_table_trains_with_the_same_metrics(method, family, examples, tokenizer):
+    args, reports = tiny_args(method=method), []
+    student, teacher = tiny(family, 1), tiny(family, 2).requires_grad_(False)
+    teacher = okd.add_online_module(teacher, args) if args.teacher_moves else teacher
+    start = snapshot(student)
+    train_tiny(args, student, teacher, examples, tokenizer, report=lambda phase, step, metrics, bar=None: reports.append(metrics), dev=examples[:8])
+    assert changed(start, student)
+    train_names = {name for report in reports for name in report if name.startswith("train/")}
+    common = {"student_loss", "student_grad_norm", "fkl", "rkl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy",
+              "top1_agreement", "drift", "lr", "tokens_per_s", "step_s", "peak_memory_gb"}  # fmt: skip
+    assert {f"train/{name}" for name in common} <= train_names
+    extra = {"okd": {"teacher_loss", "teacher_grad_norm", "lam"}, "taid": {"taid_t"}}.get(method, set())
+    assert train_names == {f"train/{name}" for name in common | extra}
+    assert all(math.isfinite(value) for report in reports for value in report.values())
+
+
+def test_the_first_reported_loss_is_the_plain_one(examples, tokenizer):
+    """The loop's number, recomputed with plain forwards: rows, mask, denominator and weights are right together."""
+    args, reports = tiny_args(method="okd", batch_size=8, micro_batch_size=3, divergence="jsd", beta=0.3, student_ce_weight=0.25), []
+    student, teacher = tiny(seed=1, **NO_DROPOUT), tiny(seed=2).requires_grad_(False)
+    rows = [examples[i] for i in okd.batch_indices([len(e) for e in examples], 8, args.seed, 0)]
+    batch = okd.collate(rows, 0)
+    p, q = plain_logits(teacher, batch), plain_logits(student, batch)
+    student_loss = (0.75 * okd.jsd(p, q, 0.3) + 0.25 * okd.cross_entropy(q, batch.labels)).mean().item()
+    teacher_loss = (okd.cross_entropy(p, batch.labels) + 0.5 * okd.fkl(q, p)).mean().item()
+    train_tiny(args, student, okd.add_online_module(teacher, args), examples, tokenizer, steps=1,
+               report=lambda phase, step, metrics, bar=None: reports.append(metrics))  # fmt: skip
+    assert reports[0]["train/student_loss"] == pytest.approx(student_loss, rel=1e-5)
+    assert reports[0]["train/teacher_loss"] == pytest.approx(teacher_loss, rel=1e-5)
+
+
+def test_the_temperature_flag_reaches_both_losses(examples, tokenizer):
+    args, reports = tiny_args(method="okd", batch_size=8, temperature=2.0), []
+    student, teacher = tiny(seed=1, **NO_DROPOUT), tiny(seed=2).requires_grad_(False)
+    batch = okd.collate([examples[i] for i in okd.batch_indices([len(e) for e in examples], 8, args.seed, 0)], 0)
+    p, q = plain_logits(teacher, batch), plain_logits(student, batch)
+    train_tiny(args, student, okd.add_online_module(teacher, args), examples, tokenizer, steps=1,
+               report=lambda phase, step, metrics, bar=None: reports.append(metrics))  # fmt: skip
+    assert reports[0]["train/student_loss"] == pytest.approx(4 * okd.fkl(p / 2, q / 2).mean().item(), rel=1e-5)
+    teacher_loss = (okd.cross_entropy(p, batch.labels) + 0.5 * 4 * okd.fkl(q / 2, p / 2)).mean().item()
+    assert reports[0]["train/teacher_loss"] == pytest.approx(teacher_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_keeps_float32_masters_and_follows_float32(dtype, examples, tokenizer):
+    reports = {}
+    for hw in (CPU, okd.Hardware(torch.device("cpu"), dtype)):
+        args = tiny_args(method="okd")
+        student = tiny(seed=1, **NO_DROPOUT)
+        teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False).to(hw.dtype), args)
+        start, lines = snapshot(student), []
+        train_tiny(args, student, teacher, examples, tokenizer, steps=3, hw=hw, report=lambda phase, step, metrics, bar=None, lines=lines: lines.append(metrics))
+        assert all(p.dtype == torch.float32 for p in student.parameters())
+        assert all((p.dtype == torch.float32) == ("lora_" in name) or hw is CPU for name, p in teacher.named_parameters())
+        assert changed(start, student) == set(start)
+        reports[hw.dtype] = lines
+    for exact, rough in zip(reports[torch.float32], reports[dtype]):
+        for name in ("train/student_loss", "train/teacher_loss", "train/fkl", "train/student_ce"):
+            assert rough[name] == pytest.approx(exact[name], rel=0.02), name
+
+
+def test_one_optimizer_owns_the_student_the_other_the_module():
+    args = tiny_args()
+    teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
+    optimizer = okd.adamw(teacher, 1e-3, 0.1, CPU)
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for name, p in teacher.named_parameters() if "lora_" in name}
+    student = tiny()
+    decay = {id(p): group["weight_decay"] for group in okd.adamw(student, 1e-3, 0.1, CPU).param_groups for p in group["params"]}
+    for name, parameter in student.named_parameters():
+        assert decay[id(parameter)] == (0.0 if name.endswith("bias") or "ln_" in name else 0.1), name
+
+
+def test_learning_rate_rises_then_falls_on_a_cosine_to_1e_7():
+    rates = [okd.learning_rate(step, 100, 1e-3, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([1e-3 * (i + 1) / 11 for i in range(10)])
+    assert rates[10] == pytest.approx(1e-3) and rates[-1] == pytest.approx(1e-7)
+    assert rates[10 + 89 // 2] == pytest.approx(0.5e-3, rel=0.02)
+    assert okd.learning_rate(0, 1, 1e-3, 0.0) == pytest.approx(1e-3)
+
+
+def test_a_collapse_is_a_teacher_further_from_its_start_than_the_student_ever_was():
+    first = dict(fkl=1.0, student_ce=2.0)
+    assert okd.collapsed(first, dict(drift=1.5, student_ce=2.5)) == 1.0
+    assert okd.collapsed(first, dict(drift=1.5, student_ce=1.5)) == 0.0
+    assert okd.collapsed(first, dict(drift=0.5, student_ce=2.5)) == 0.0
+
+
+def test_reverse_kl_student_and_following_teacher_collapse_and_the_guard_sees_it(examples, tokenizer):
+    args = tiny_args(method="okd", divergence="rkl", teacher_ce_weight=0.0, anchor=1e-6, lam=1.0, teacher_kl="pq",
+                     lr=0.02, teacher_lr_ratio=1.0, eval_every=40)  # fmt: skip
+    teacher, lines = okd.add_online_module(tiny(seed=2).requires_grad_(False), args), []
+    result = train_tiny(args, tiny(seed=1), teacher, examples, tokenizer, steps=40, dev=examples[:8],
+                        report=lambda phase, step, metrics, bar=None: lines.append(metrics))  # fmt: skip
+    assert result["last_dev"]["collapsed"] == okd.collapsed(result["first_dev"], result["last_dev"])
+    assert result["last_dev"]["drift"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generating and scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_left_padded_batch_writes_what_single_prompts_write(tokenizer):
+    model = tiny("llama", 3)
+    prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in ("a", "some words", "many more words than that")]
+    together = okd.generate(model, tokenizer, prompts, CPU, 12)
+    assert together == [okd.generate(model, tokenizer, [prompt], CPU, 12)[0] for prompt in prompts]
+
+
+def test_greedy_generation_is_the_argmax_of_plain_forwards_and_keeps_eos(tokenizer):
+    model, prompt = tiny("gpt2", 5), [70, 80, 90]
+    ids = list(prompt)
+    for _ in range(10):
+        ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert okd.generate(model, tokenizer, [prompt], CPU, 10) == [ids[3:]]
+    second = ids[4]  # make the second new token the end: it is kept, nothing follows
+    tokenizer = type("T", (), dict(eos_token_id=second, pad_token_id=second))
+    (response,) = okd.generate(model, tokenizer, [prompt], CPU, 10)
+    assert response == (ids[3:5] if ids[3] != second else [second])
+
+
+def test_sampling_is_a_function_of_the_seed_and_leaves_the_global_generator_alone(tokenizer):
+    model, prompts = tiny("gpt2", 5), [[70, 80], [90], [100, 101, 102]]
+    torch.manual_seed(9)
+    state = torch.get_rng_state()
+    draw = lambda seed: okd.generate(model, tokenizer, prompts, CPU, 8, sample=True, seed=seed)  # noqa: E731
+    assert draw(1) == draw(1) and draw(1) != draw(2)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_rouge_l_by_hand():
+    # lcs("the cat sat", "the cat was sat on") = 3: precision 3/3, recall 3/5, F = 0.75
+    assert okd.rouge_l("the cat sat", ["the cat was sat on"]) == pytest.approx(75.0)
+    assert okd.rouge_l("the cat sat", ["no", "the cat sat"]) == pytest.approx(100.0)  # the best reference counts
+    assert okd.rouge_l("", ["the cat"]) == 0.0
+    assert okd.rouge_l("running dogs", ["run dog"]) == pytest.approx(100.0)  # the stemmer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(capsys, *flags):
+    """okd.main in this process -> (exit code, stdout, stderr)."""
+    code = 0
+    try:
+        okd.main([str(flag) for flag in flags])
+    except SystemExit as error:
+        code = error.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def small_flags(folders, jsonl, tmp_path, family="gpt2"):
+    return ["--teacher", folders / family / "teacher", "--student", folders / family / "student", "--data", jsonl,
+            "--output-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache", "--max-steps", "2", "--batch-size", "4",
+            "--max-length", "96", "--max-new-tokens", "8", "--score-rows", "4", "--device", "cpu"]  # fmt: skip
+
+
+def test_a_run_leaves_folders_that_load_everywhere(folders, jsonl, tmp_path, capsys):
+    code, out, err = run(capsys, *small_flags(folders, jsonl, tmp_path))
+    assert code == 0, err
+    assert "Rouge-L" in out and "student, warm start" in out and "student, okd" in out
+    folder = tmp_path / "run"
+    student = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
+    writer = transformers.pipeline("text-generation", model=str(folder / "student"), max_new_tokens=4)
+    assert writer("shout ba\n")[0]["generated_text"].startswith("shout ba\n")
+    assert student.config.vocab_size == 384
+    (teacher_folder,) = (tmp_path / "cache").glob("teacher-*")
+    adapter = json.loads((folder / "teacher_lora" / "adapter_config.json").read_text())
+    assert pathlib.Path(adapter["base_model_name_or_path"]) == teacher_folder
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder)
+    moved = peft.PeftModel.from_pretrained(teacher, folder / "teacher_lora")
+    assert any(p.abs().sum() > 0 for name, p in moved.named_parameters() if "lora_B" in name)
+    saved = json.loads((folder / "args.json").read_text())
+    assert saved["method"] == "okd" and saved["divergence"] == "fkl" and saved["teacher_moves"] is True
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in lines} == {"teacher sft", "student sft", "distil", "final"}
+    assert {"final/rouge_l", "final/rouge_l_teacher", "time/distil_s"} <= lines[-1].keys()
+
+    # A second method starts from the same bits, and does not train them again.
+    code, out, err = run(capsys, *small_flags(folders, jsonl, tmp_path), "--output-dir", tmp_path / "other", "--method", "fkl")
+    assert code == 0 and out.count("warm start kept in") == 2
+    first, second = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("run", "other"))
+    dev = [next(line for line in lines if "dev/fkl" in line) for lines in (first, second)]
+    assert {k: v for k, v in dev[0].items() if k.startswith("dev/")} == {k: v for k, v in dev[1].items() if k.startswith("dev/")}
+    code, _, err = run(capsys, *small_flags(folders, jsonl, tmp_path))
+    assert code == 2 and "already holds a run" in err
+
+
+def test_the_warm_start_key_changes_with_what_determines_the_weights(folders, jsonl, tmp_path, capsys):
+    flags = small_flags(folders, jsonl, tmp_path) + ["--score-rows", "0", "--eval-rows", "0"]
+    for i, change in enumerate([(), ("--lr", "2e-4"), ("--sft-seed", "5"), ("--lora-rank", "2"), ("--seed", "3")]):
+        assert run(capsys, *flags, *change, "--output-dir", tmp_path / f"run{i}")[0] == 0
+    # lr: the student's; sft seed: both; rank: the LoRA-tuned teacher's; seed: none
+    assert len(list((tmp_path / "cache").glob("student-*"))) == 3
+    assert len(list((tmp_path / "cache").glob("teacher-*"))) == 3
+
+
+def test_wandb_offline_run_gets_name_config_summary_and_samples(folders, jsonl, tmp_path):
+    flags = [*small_flags(folders, jsonl, tmp_path), "--track", "--wandb-group", "the-group"]
+    subprocess.run([sys.executable, ROOT / "okd.py", *flags], check=True, capture_output=True, cwd=tmp_path)
+    (wandb_file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    wanted = [b"train/student_loss", b"dev/fkl", b"rouge_l_warm_start", b"samples", b"update_teacher_every", b"the-group"]
+    for _ in range(100):  # wandb's own process closes the file a little after ours has ended
+        missing = [text for text in wanted if text not in wandb_file.read_bytes()]
+        if not missing:
+            break
+        time.sleep(0.1)
+    assert not missing
+
+
+def test_zero_epochs_skip_both_warm_starts(folders, jsonl, tmp_path, capsys):
+    flags = [*small_flags(folders, jsonl, tmp_path), "--teacher-sft-epochs", "0", "--student-sft-epochs", "0"]
+    code, out, _ = run(capsys, *flags)
+    assert code == 0 and not (tmp_path / "cache").exists()
+
+
+def bad(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+GOOD_LINE = b'{"prompt": "a", "response": "b"}\n'
+BAD_FILES = [
+    (GOOD_LINE + b"{oops\n", "line 2: not valid JSONL"),
+    (GOOD_LINE + b"\xff\xfe{}\n", "line 2: not valid JSONL"),
+    (b"[1, 2]\n", "line 1: not valid JSONL (not a JSON object)"),
+    (GOOD_LINE + b'{"instruction": "a"}\n', "line 2: it has a prompt but no 'output' or 'response'"),
+    (b'{"text": "a"}\n', "line 1: it needs 'instruction' and 'output', or 'prompt' and 'response', or 'messages'"),
+    (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: its 'messages' must end in a turn of the assistant"),
+    (b'{"prompt": "a", "response": ""}\n' * 3, "no usable rows (3 read, dropped "),
+    (b"", "no usable rows (0 read)"),
+]
+
+
+@pytest.mark.parametrize("content, message", BAD_FILES)
+def test_bad_data_is_one_line_and_exit_2(content, message, folders, jsonl, tmp_path, capsys):
+    path = bad(tmp_path, "bad.jsonl", content)
+    code, out, err = run(capsys, *small_flags(folders, jsonl, tmp_path), "--data", path)
+    assert code == 2 and message in err and err.count("\n") == 1 and str(path) in err
+    assert not (tmp_path / "run").exists()
+
+
+BAD_FLAGS = [
+    (["--beta", "1.5"], "--beta is 1.5; it must lie in [0, 1]"),
+    (["--skew", "1"], "--skew is 1.0; it must lie in [0, 1)"),
+    (["--temperature", "0"], "--temperature is 0.0; it must lie in (0, inf)"),
+    (["--ab-alpha", "0", "--ab-beta", "0"], "--ab-alpha and --ab-beta are both 0"),
+    (["--ab-alpha", "-1"], "--ab-alpha is -1.0"),
+    (["--mu", "nan"], "--mu is nan"),
+    (["--teacher-ce-weight", "0"], "--lam > 0 with neither --teacher-ce-weight nor --anchor"),
+    (["--lam", "0", "--teacher-ce-weight", "0"], "are all 0"),
+    (["--batch-size", "0"], "--batch-size is 0; it must lie in [1, inf)"),
+    (["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
+    (["--teacher", "./no/such/folder"], "no model folder ./no/such/folder"),
+    (["--lora-targets", "q_projj"], "--lora-targets q_projj: no such layer in the teacher, which has c_attn, c_fc, c_proj"),
+    (["--lora-top-layers", "9"], "the teacher has only 4 layers"),
+    (["--max-length", "999", "--max-prompt-length", "99"], "--max-length 999 is more than the 256 positions"),
+    (["--max-length", "600", "--max-prompt-length", "600"], "leaves no room for a response"),
+    (["--device", "cuda:77"], "--device cuda:77 is not usable here"),
+    (["--device", "toaster"], "--device toaster is not usable here"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+def test_bad_flags_are_one_line_and_exit_2(flags, message, folders, jsonl, tmp_path, capsys):
+    code, out, err = run(capsys, *small_flags(folders, jsonl, tmp_path), *flags)
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_unequal_tokenizers_are_refused(folders, jsonl, tmp_path, capsys):
+    other = tmp_path / "other"
+    tiny("gpt2", 1).save_pretrained(other)
+    transformers.ByT5Tokenizer(extra_ids=10).save_pretrained(other)
+    code, _, err = run(capsys, *small_flags(folders, jsonl, tmp_path), "--student", other)
+    assert code == 2 and "different tokenizers" in err and err.count("\n") == 1
+
+
+def test_without_a_network_one_line_names_the_repository_and_the_file(folders, tmp_path, capsys):
+    flags = [f for f in small_flags(folders, "x", tmp_path) if f not in ("--data", "x")]
+    code, _, err = run(capsys, *flags)
+    assert code == 2 and "raw.jsonl" in err and "MiniLLM/dolly" in err and "HF_HOME" in err and err.count("\n") == 1
+    code, _, err = run(capsys, "--teacher", "nobody/nothing", "--student", "nobody/nothing")
+    assert code == 2 and "nobody/nothing" in err and "tokenizer.json" in err and "HF_HOME" in err and err.count("\n") == 1
+
+
+def test_trust_remote_code_is_said_aloud(folders, jsonl, tmp_path, capsys):
+    _, out, _ = run(capsys, *small_flags(folders, jsonl, tmp_path), "--trust-remote-code", "--data", "nowhere.jsonl")
+    assert "trust_remote_code is on" in out
+
+
+def test_precision_auto_is_bf16_only_where_the_cpu_is_fast_at_it():
+    hw = okd.pick_hardware(okd.Args(device="cpu"))
+    assert hw.dtype == (torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32)
+    assert okd.pick_hardware(okd.Args(device="cpu", precision="fp16")).dtype == torch.float16
+
+
+def test_inline_metadata_is_requirements_txt():
+    block = re.search(r"# /// script\n(.*?)# ///", (ROOT / "okd.py").read_text(), re.S)[1]
+    requirements = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert re.findall(r'"([^"]+)"', block.split("dependencies")[1]) == requirements
+
+
+def test_help_has_a_text_for_every_flag():
+    text = subprocess.run([sys.executable, ROOT / "okd.py", "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}).stdout
+    for field in dataclasses.fields(okd.Args):
+        assert "--" + field.name.replace("_", "-") in text, field.name
+    assert text.count("(default:") >= len(dataclasses.fields(okd.Args))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_eval(capsys, *flags):
+    code = 0
+    try:
+        okd_eval.main([str(flag) for flag in flags])
+    except SystemExit as error:
+        code = error.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def scripted(tokenizer, answers):
+    """A model that answers the i-th prompt (by its first id) with a given text, whatever else it is."""
+
+    def generate(model, tokenizer_, prompts, hw, max_new_tokens, batch_size=32, sample=False, seed=0, **options):
+        return [tokenizer(answers[prompt[0]], add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for prompt in prompts]
+
+    return generate
+
+
+def test_eval_reproduces_a_rouge_l_computed_by_hand(folders, tokenizer, tmp_path, capsys, monkeypatch):
+    rows = [dict(prompt="a", response="the cat was sat on"), dict(prompt="b", response=["x", "one two"]), dict(prompt="c", response="y")]
+    data = tmp_path / "set.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = lambda text: tokenizer(text).input_ids[0]  # noqa: E731
+    answers = {first("a"): "the cat sat", first("b"): "one two", first("c"): ""}
+    monkeypatch.setattr(okd, "generate", scripted(tokenizer, answers))
+    checkpoint = folders / "gpt2" / "student"
+    code, out, err = run_eval(capsys, checkpoint, "--data", data, "--greedy")
+    assert code == 0, err
+    (result,) = json.loads((checkpoint / "results.json").read_text())
+    assert result["rouge_l"] == pytest.approx((75 + 100 + 0) / 3)
+    assert (result["rows"], result["empty_outputs"], result["cut_prompts"]) == (3, 1, 0)
+    assert result["protocol"] == dict(decoding="greedy", no_repeat_ngram_size=0, max_new_tokens=256, max_prompt_length=256)
+    assert "58.33" in out and "decoding greedy" in out
+
+
+def test_eval_presets():
+    make = lambda **flags: okd_eval.protocol_of(okd_eval.Args(("x",), **flags))  # noqa: E731
+    paper = dict(decoding="sampling", temperature=1.0, top_p=1.0, top_k=0, no_repeat_ngram_size=6, max_new_tokens=256, max_prompt_length=256)
+    assert make() == make(paper=True) == paper
+    assert make(greedy=True)["no_repeat_ngram_size"] == 0
+    assert make(greedy=True, no_repeat_ngram_size=6)["no_repeat_ngram_size"] == 6
+
+
+def test_eval_of_runs_is_seeded_and_keeps_mean_and_std_over_decoding_seeds(folders, jsonl, tmp_path, capsys):
+    flags = ["--data", jsonl, "--limit", "5", "--max-new-tokens", "6", "--seeds", "1", "2", "1", "--batch-size", "3"]
+    code, out, err = run_eval(capsys, folders / "llama" / "student", *flags)
+    assert code == 0, err
+    (result,) = json.loads((folders / "llama" / "student" / "results.json").read_text())
+    assert result["scores"][0] == result["scores"][2] and len(result["scores"]) == 3
+    mean = sum(result["scores"]) / 3
+    assert result["rouge_l"] == pytest.approx(mean)
+    assert result["std"] == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in result["scores"]) / 2))
+
+
+def test_results_lie_beside_the_checkpoint(tmp_path):
+    run_folder, plain = tmp_path / "runs" / "a", tmp_path / "model"
+    (run_folder / "student").mkdir(parents=True), plain.mkdir()
+    (run_folder / "args.json").write_text("{}")
+    assert okd_eval.results_path(str(run_folder)) == okd_eval.results_path(str(run_folder / "student")) == run_folder / "results.json"
+    assert okd_eval.results_path(str(plain)) == plain / "results.json"
+    assert okd_eval.results_path("org/name") == pathlib.Path("results/org/name/results.json")
+
+
+def test_the_six_gram_ban_holds_over_prompt_and_answer(tokenizer):
+    model, prompt = tiny("gpt2", 5), tokenizer("abc abc abc abc abc abc", add_special_tokens=False).input_ids
+    free = okd.generate(model, tokenizer, [prompt], CPU, 120)[0]
+    (ids,) = okd.generate(model, tokenizer, [prompt], CPU, 120, no_repeat_ngram_size=6)
+    grams = lambda ids: [tuple(ids[i : i + 6]) for i in range(len(ids) - 5)]  # noqa: E731
+    new = grams(prompt + ids)[len(prompt) - 5 :]
+    assert len(set(new)) == len(new) and not set(new) & set(grams(prompt))
+    assert len(set(grams(free))) < len(grams(free))  # without the ban this model does repeat itself
+
+
+def test_long_prompts_lose_their_beginning_and_are_counted(tokenizer):
+    prompts, references, cut = okd_eval.prompts_of([(1, dict(prompt="abcdef", response="x")), (2, dict(prompt="ab", response="y"))], tokenizer, "s", 4)
+    assert [tokenizer.decode(ids) for ids in prompts] == ["cdef", "ab"] and references == [["x"], ["y"]] and cut == 1
+
+
+BAD_EVAL = [
+    (["--data", "nowhere"], "no data set or file nowhere"),
+    (["--greedy", "--paper"], "two protocols"),
+    (["--greedy", "--seeds", "1"], "--seeds change nothing with --greedy"),
+    (["--limit", "0"], "--limit is 0; it must be at least 1"),
+    (["--temperature", "0"], "--temperature is 0.0"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_EVAL)
+def test_bad_eval_flags_are_one_line_and_exit_2(flags, message, folders, jsonl, capsys):
+    code, _, err = run_eval(capsys, folders / "gpt2" / "student", "--data", jsonl, *flags)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_missing_checkpoint_is_one_line_and_exit_2(jsonl, capsys):
+    code, _, err = run_eval(capsys, "./no/such/run", "--data", jsonl)
+    assert code == 2 and "no model folder ./no/such/run" in err and err.count("\n") == 1
