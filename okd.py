@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -62,7 +63,9 @@ from transformers.pytorch_utils import Conv1D
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 DivergenceName = Literal["fkl", "rkl", "frkl", "jsd", "tvd", "sfkl", "srkl", "akl", "ab", "taid"]
-MethodName = Literal["sft", "fkl", "rkl", "frkl", "jsd", "tvd", "sfkl", "srkl", "akl", "ab", "taid", "okd"]
+TextName = Literal["data", "teacher", "student", "adaptive", "mixture"]
+MethodName = Literal["sft", "fkl", "rkl", "frkl", "jsd", "tvd", "sfkl", "srkl", "akl", "ab", "taid", "seqkd", "imitkd", "gkd",
+                     "distillm", "minillm", "okd"]  # fmt: skip
 
 
 @dataclass
@@ -106,8 +109,10 @@ class Args:
     """row of the method table: a divergence x whose text it is measured on x whether the teacher moves"""
     divergence: DivergenceName | None = None
     """overrides the row's divergence D"""
-    text: Literal["data"] | None = None
-    """overrides whose text D is measured on"""
+    text: TextName | None = None
+    """overrides whose text the losses are measured on: data (gold), teacher (its own answer to every training prompt, written
+    once), student (fresh answers), adaptive (DistiLLM: data, fresh or replayed answers), mixture (MiniLLM: rollouts drawn
+    from teacher and student together)"""
     teacher_moves: bool | None = None
     """overrides whether the teacher's LoRA online module trains"""
     student_ce_weight: float | None = None
@@ -129,6 +134,22 @@ class Args:
     """ab: exponent of q"""
     taid_start: float = 0.4
     """taid: the teacher's share t at the first step; it ends at 1"""
+
+    # -- whose text: the methods that sample, always at temperature 1 from the whole distribution --
+    sgo_fraction: float | None = None
+    """student: probability that a batch is student text (imitkd 1, gkd 0.5); adaptive: start of phi (0)"""
+    sgo_source: Literal["fresh", "replay"] = "fresh"
+    """student: train on the answers just written, or push them into a replay buffer and train on a draw from it"""
+    max_new_tokens: int | None = None
+    """longest answer, when sampling and when scoring (256; demo: 48)"""
+    replay_capacity: int = 1000
+    """rows of the replay buffer; the oldest go first"""
+    policy_gradient: bool | None = None
+    """overrides whether the policy gradient of MiniLLM is added to D; needs --text mixture"""
+    rollouts: int = 256
+    """mixture: rows sampled at a time"""
+    rollout_passes: int = 4
+    """mixture: passes over the rollouts before new ones are sampled"""
 
     # -- the online module --
     teacher_ce_weight: float = 1.0
@@ -176,7 +197,9 @@ class Args:
     batch_size: int = 32
     """rows of an optimizer step, over all micro-batches"""
     micro_batch_size: int | None = None
-    """rows that go through the networks at once; changes memory and speed, never the loss (unset: the whole batch)"""
+    """most rows that go through the networks at once (unset: as many as --micro-batch-tokens lets)"""
+    micro_batch_tokens: int = 4096
+    """most tokens, padding included, that go through the networks at once; changes memory and speed, never the loss"""
     lr: float | None = None
     """student's peak learning rate (1e-4; demo: 2e-3)"""
     warmup: float = 0.03
@@ -195,8 +218,6 @@ class Args:
     """dev rows looked at"""
     score_rows: int = 100
     """rows scored with Rouge-L at the end, for teacher, warm start and student; 0 skips"""
-    max_new_tokens: int | None = None
-    """longest answer when scoring (256; demo: 48)"""
     track: bool = False
     """log to Weights & Biases too (WANDB_MODE=offline works)"""
     wandb_project: str = "okd"
@@ -229,7 +250,7 @@ def resolve(args):
     if args.student_sft_lr is None:
         args.student_sft_lr = args.lr
     row = METHODS[args.method]
-    for name in ("divergence", "text", "teacher_moves", "student_ce_weight"):
+    for name in ("divergence", "text", "teacher_moves", "student_ce_weight", "sgo_fraction", "policy_gradient"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(row, name))
 
@@ -243,7 +264,7 @@ def resolve(args):
         flag, brackets = "--" + name.replace("_", "-"), ("(" if open_low else "[", ")" if open_high else "]")
         require(inside, f"{flag} is {value}; it must lie in {brackets[0]}{low}, {high}{brackets[1]}")
 
-    for name in ("student_ce_weight", "beta", "mu", "fkl_weight", "warmup", "taid_start"):
+    for name in ("student_ce_weight", "sgo_fraction", "beta", "mu", "fkl_weight", "warmup", "taid_start"):
         within(name, 0, 1)
     within("skew", 0, 1, open_high=True)
     for name in ("temperature", "lr", "teacher_sft_lr", "student_sft_lr", "lora_alpha", "teacher_lr_ratio"):
@@ -252,12 +273,13 @@ def resolve(args):
                  "teacher_sft_epochs", "student_sft_epochs", "lora_top_layers", "eval_rows", "score_rows"):  # fmt: skip
         within(name, 0, math.inf, open_high=True)
     for name in ("batch_size", "micro_batch_size", "max_steps", "update_teacher_every", "lora_rank", "log_every",
-                 "eval_every", "max_length", "max_prompt_length", "max_new_tokens"):  # fmt: skip
+                 "micro_batch_tokens", "replay_capacity", "rollouts", "rollout_passes", "eval_every", "max_length", "max_prompt_length", "max_new_tokens"):  # fmt: skip
         if getattr(args, name) is not None:
             within(name, 1, math.inf, open_high=True)
     require(args.ab_alpha + args.ab_beta > 0, "--ab-alpha and --ab-beta are both 0: one of them must be positive")
     require(args.max_prompt_length < args.max_length or args.max_length < REAL["max_length"],
             f"--max-prompt-length {args.max_prompt_length} leaves no room for a response in --max-length {args.max_length}")  # fmt: skip
+    require(args.text == "mixture" or not args.policy_gradient, "--policy-gradient needs the rollouts of --text mixture")
     if args.teacher_moves:
         require(not (args.lam > 0 and args.teacher_ce_weight == 0 and args.anchor == 0),
                 "--lam > 0 with neither --teacher-ce-weight nor --anchor: teacher and student would only meet each other "
@@ -280,6 +302,7 @@ class Example:
     references: list[str]  # every valid response; the first is the one trained on
     prompt_ids: list[int]
     response_ids: list[int]  # ends in EOS, unless it was cut to --max-length
+    rollout: list[tuple[float, float, float]] | None = None  # per response token: advantage, log q when sampled, weight
 
     def __len__(self):
         return len(self.prompt_ids) + len(self.response_ids)
@@ -449,6 +472,7 @@ class Batch:
     mask: torch.Tensor  # (B, T), True where the next token is a response token, its EOS among them
     labels: torch.Tensor  # (N,) those next tokens, row by row
     positions: torch.Tensor  # (N,) indices of the True positions in the flattened mask
+    rollout: torch.Tensor  # (N, 3) of a sampled Example's rollout, (N, 0) of text without one
 
     def to(self, device):
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
@@ -462,7 +486,9 @@ def collate(examples, pad_id):
     for i, example in enumerate(examples):
         input_ids[i, : len(example)] = torch.tensor(example.prompt_ids + example.response_ids)
         mask[i, len(example.prompt_ids) - 1 : len(example) - 1] = True
-    return Batch(input_ids, mask, input_ids.roll(-1, dims=1)[mask], mask.flatten().nonzero().squeeze(1))
+    labels = input_ids.roll(-1, dims=1)[mask]
+    rollout = torch.tensor([values for e in examples for values in e.rollout or ()]).reshape(len(labels), -1)
+    return Batch(input_ids, mask, labels, mask.flatten().nonzero().squeeze(1), rollout)
 
 
 def batch_indices(lengths, batch_size, seed, step, window=16):
@@ -489,10 +515,15 @@ def _epoch(lengths, batch_size, seed, epoch, window):
 
 
 def micro_batches(examples, args):
-    """Cut a batch into pieces of rows of like length."""
-    examples = sorted(examples, key=len)
-    size = args.micro_batch_size or len(examples)
-    return [examples[i : i + size] for i in range(0, len(examples), size)]
+    """Cut a batch into pieces of rows of like length, of at most --micro-batch-tokens after padding (or one row) and at
+    most --micro-batch-size rows."""
+    pieces = []
+    for example in sorted(examples, key=len):
+        rows = len(pieces[-1]) + 1 if pieces else math.inf
+        if rows > (args.micro_batch_size or math.inf) or rows * len(example) > args.micro_batch_tokens:
+            pieces.append([])
+        pieces[-1].append(example)
+    return pieces
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -823,9 +854,11 @@ DIVERGENCES = {
 @dataclass(frozen=True)
 class Method:
     divergence: DivergenceName
-    text: str = "data"
+    text: TextName = "data"
     teacher_moves: bool = False
     student_ce_weight: float = 0.0
+    sgo_fraction: float = 0.0
+    policy_gradient: bool = False
     paper: str = ""
 
 
@@ -841,6 +874,11 @@ METHODS = {
     "akl": Method("akl", paper="Wu et al. 2024, arXiv:2404.02657"),
     "ab": Method("ab", paper="Wang et al. 2025, arXiv:2505.04560"),
     "taid": Method("taid", paper="Shing et al. 2025, arXiv:2501.16937"),
+    "seqkd": Method("fkl", text="teacher", student_ce_weight=1.0, paper="Kim & Rush 2016, arXiv:1606.07947"),
+    "imitkd": Method("fkl", text="student", sgo_fraction=1.0, paper="Lin et al. 2020, arXiv:2009.07253"),
+    "gkd": Method("jsd", text="student", sgo_fraction=0.5, paper="Agarwal et al. 2023, arXiv:2306.13649"),
+    "distillm": Method("srkl", text="adaptive", paper="Ko et al. 2024, arXiv:2402.03898"),
+    "minillm": Method("rkl", text="mixture", policy_gradient=True, paper="Gu et al. 2023, arXiv:2306.08543"),
     "okd": Method("fkl", teacher_moves=True, paper="Rao et al. 2024, arXiv:2409.12512"),
 }
 assert set(DIVERGENCES) == set(DivergenceName.__args__) and set(METHODS) == set(MethodName.__args__)
@@ -867,14 +905,23 @@ def cross_entropy(logits, labels):
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def student_loss(p_logits, q_logits, labels, divergence, ce_weight):
-    """L_S per token, (N,). Nothing flows into the teacher."""
+def student_loss(p_logits, q_logits, labels, divergence, ce_weight, rollout=None):
+    """L_S per token, (N,), plus the policy gradient where the tokens are rollouts. Nothing flows into the teacher."""
     loss = 0
     if ce_weight < 1:
         loss = (1 - ce_weight) * divergence(p_logits.detach(), q_logits)
     if ce_weight > 0:
         loss = loss + ce_weight * cross_entropy(q_logits, labels)
+    if rollout is not None and rollout.size(1):
+        loss = loss + policy_loss(q_logits, labels, *rollout.unbind(1))
     return loss
+
+
+def policy_loss(q_logits, labels, advantage, sampled_log_q, weight, clip=0.2):
+    """Clipped policy gradient of MiniLLM, per token: the ratio q / q_when_sampled times the importance weight
+    q / (share p + (1 - share) q) of the mixture that the token was drawn from. arXiv:2306.08543, eq. 5 and algorithm 1."""
+    ratio = (-cross_entropy(q_logits, labels) - sampled_log_q).exp() * weight
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
 def teacher_loss(p_logits, q_logits, p0_logits, labels, ce_weight, lam, anchor, kl_direction, temperature):
@@ -921,7 +968,7 @@ CHUNK_ELEMENTS = 2**24  # logits of one network alive at once: 64 MB in float32,
 def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, teacher_trains=False, need_p0=False, look=False):
     """Forward, and with `backward` also back-propagate, one Batch. -> {name: sum over its tokens}, tensors on the device.
 
-    losses(p0_logits, p_logits, q_logits, labels) -> {name: (n,) losses}; what flows back is their sum. The gradient with
+    losses(p0_logits, p_logits, q_logits, labels, rollout) -> {name: (n,) losses}; what flows back is their sum. The gradient with
     respect to the hidden states is collected chunk by chunk and sent through each trunk once, so no more than
     CHUNK_ELEMENTS logits per network live at a time. `look` adds what `measure` measures. teacher may be None."""
     with hw.autocast():
@@ -942,7 +989,7 @@ def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, te
             for name, leaf in leaves.items():
                 logits[name] = head(student if name == "q" else teacher, leaf[part], vocab)
         p, q, p0 = logits["p"], logits["q"], logits.get("p0", logits["p"])
-        terms = losses(p0, p, q, labels) if losses else {}
+        terms = losses(p0, p, q, labels, batch.rollout[part]) if losses else {}
         if backward:
             backward(sum(term.sum() for term in terms.values()))
         for name, term in terms.items():
@@ -953,6 +1000,227 @@ def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, te
         reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
         torch.autograd.backward([hidden[name] for name in reached], [leaves[name].grad for name in reached])
     return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generating and scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sample=False, seed=0, vocab=None, teacher=None, **options):
+    """Lists of prompt ids -> lists of response ids, in the same order; EOS, where one was written, is kept.
+
+    Left-padded batches of prompts of like length, KV cache, eval mode, never beyond the model's positions. sample=True draws at temperature 1 from the whole
+    distribution, and the same seed draws the same text; `vocab` keeps to the first so many tokens; with a teacher every
+    token is drawn from TEACHER_SHARE p + (1 - TEACHER_SHARE) q. `options` go to transformers' GenerationConfig."""
+    room = positions(model) - max(map(len, prompts))
+    config = transformers.GenerationConfig(
+        max_new_tokens=int(min(max_new_tokens, room)), do_sample=sample, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_p=1.0, top_k=0) if sample else {}) | options,
+    )  # fmt: skip
+    was_training, responses = model.training, [None] * len(prompts)
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # out of memory at once or never
+    devices = [hw.device] if hw.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), hw.autocast():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in rows)
+            input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+            attention_mask = torch.zeros_like(input_ids)
+            for row, i in enumerate(rows):
+                input_ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                attention_mask[row, width - len(prompts[i]) :] = 1
+            input_ids, attention_mask = input_ids.to(hw.device), attention_mask.to(hw.device)
+            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config,
+                                    logits_processor=[NextTokens(vocab, teacher, attention_mask)])  # fmt: skip
+            for i, ids in zip(rows, output[:, width:].tolist()):
+                end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
+                responses[i] = ids[:end]
+    model.train(was_training)
+    return responses
+
+
+def rouge_l(prediction, references):
+    """Rouge-L F times 100, with the stemmer, the best over the references. Lin 2004; rouge-score's implementation."""
+    return 100 * _rouge_scorer().score_multi(references, prediction)["rougeL"].fmeasure
+
+
+@functools.cache
+def _rouge_scorer():
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def score(args, model, tokenizer, examples, hw):
+    """-> (mean Rouge-L of greedy answers, the answers)."""
+    ids = generate(model, tokenizer, [example.prompt_ids for example in examples], hw, args.max_new_tokens)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    scores = [rouge_l(text, example.references) for text, example in zip(texts, examples)]
+    return sum(scores) / len(scores), texts
+
+
+def format_table(header, rows):
+    """Cells to one string: first column left, the others right."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose text: every source gives the rows of one optimizer step
+# ---------------------------------------------------------------------------------------------------------------------
+
+TEACHER_SHARE = 0.2  # of the mixture that MiniLLM samples from
+GAMMA = 0.95  # MiniLLM's discount
+
+
+class NextTokens(transformers.LogitsProcessor):
+    """Keeps sampling to the shared vocabulary and, with a teacher, mixes its distribution in, token by token.
+
+    The teacher has its own KV cache and reads every new token once."""
+
+    def __init__(self, vocab, teacher, attention_mask):
+        self.vocab, self.teacher, self.mask, self.cache = vocab, teacher, attention_mask, None
+
+    def __call__(self, input_ids, scores):
+        if self.vocab is None:
+            return scores
+        log_q = scores[:, : self.vocab].float().log_softmax(-1)
+        if self.teacher is not None:
+            self.mask = F.pad(self.mask, (0, input_ids.size(1) - self.mask.size(1)), value=1)
+            inputs = dict(input_ids=input_ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            if "position_ids" in inspect.signature(self.teacher.forward).parameters:  # not with ALiBi
+                inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)
+            if self.cache is not None:
+                inputs |= {name: inputs[name][:, -1:] for name in ("input_ids", "position_ids") if name in inputs}
+            output = self.teacher(**inputs)
+            self.cache = output.past_key_values
+            log_q = mix(output.logits[:, -1, : self.vocab].float().log_softmax(-1), log_q, TEACHER_SHARE)
+        return F.pad(log_q, (0, scores.size(1) - self.vocab), value=-math.inf)
+
+
+class Text:
+    """The rows that the losses are measured on, by `args.text`. `state` is all that a resume needs."""
+
+    def __init__(self, args, student, teacher, rows, tokenizer, vocab, hw, seed, steps):
+        self.args, self.student, self.teacher, self.rows = args, student, teacher, rows
+        self.tokenizer, self.vocab, self.hw, self.seed, self.steps = tokenizer, vocab, hw, seed, steps
+        self.lengths, self.sampling_s = [len(row) for row in rows], 0.0
+        self.state = dict(phi=args.sgo_fraction, reference=None, replay=[], rollouts=[])
+
+    def __call__(self, step):
+        source = dict(data=self.data, teacher=self.data, student=self.written, adaptive=self.adaptive, mixture=self.mixture)
+        return source[self.args.text](step)  # the teacher's text was put in place of the gold one by `teacher_text`
+
+    def chance(self, step):
+        """Random numbers of this step, whatever was drawn before."""
+        return random.Random(f"{self.seed}, text of step {step}")
+
+    def data(self, step):
+        return [self.rows[i] for i in batch_indices(self.lengths, self.args.batch_size, self.seed, step)]
+
+    def written(self, step):
+        """Student text with probability --sgo-fraction, else data. Lin et al. 2020 (ImitKD), Agarwal et al. 2023 (GKD)."""
+        rows, chance = self.data(step), self.chance(step)
+        if chance.random() >= self.args.sgo_fraction:
+            return rows
+        rows = self.answer(rows, step)
+        if self.args.sgo_source == "fresh":
+            return rows
+        self.push(rows)
+        return self.replayed(chance)
+
+    def adaptive(self, step):
+        """DistiLLM: student text with probability phi, and ever more often replayed than fresh. Ko et al. 2024, algorithm 1."""
+        rows, chance, phi = self.data(step), self.chance(step), self.state["phi"]
+        r = chance.random()
+        if r >= phi:
+            return rows
+        if r < phi * (1 - step / self.steps) or len(self.state["replay"]) < self.args.replay_capacity:
+            rows = self.answer(rows, step)
+            self.push(rows)
+            return rows
+        return self.replayed(chance)
+
+    def mixture(self, step):
+        """MiniLLM: rollouts from the mixture of teacher and student, gone through --rollout-passes times."""
+        size = min(self.args.batch_size, len(self.rows))
+        per_pass = max(1, min(self.args.rollouts, len(self.rows)) // size)
+        round_, within = divmod(step, per_pass * self.args.rollout_passes)
+        if within == 0:
+            prompts = sum((self.data(round_ * per_pass + i) for i in range(per_pass)), [])
+            self.state["rollouts"] = self.judge(self.answer(prompts, step, self.teacher))
+        rollouts = self.state["rollouts"]
+        return [rollouts[i] for i in batch_indices([len(row) for row in rollouts], size, f"{self.seed}, {round_}", within)]
+
+    def answer(self, rows, step, teacher=None):
+        """The student's own words (with a teacher: the mixture's) to the prompts of `rows`, as rows."""
+        start, args = time.perf_counter(), self.args
+        responses = generate(self.student, self.tokenizer, [row.prompt_ids for row in rows], self.hw, args.max_new_tokens,
+                             args.batch_size, True, self.seed * 1_000_003 + step, self.vocab, teacher)  # fmt: skip
+        self.hw.synchronize()
+        self.sampling_s += time.perf_counter() - start
+        return [with_response(row, ids, args.max_length) for row, ids in zip(rows, responses)]
+
+    def push(self, rows):
+        self.state["replay"] = [*self.state["replay"], *rows][-self.args.replay_capacity :]
+
+    def replayed(self, chance):
+        replay = self.state["replay"]
+        return chance.sample(replay, min(self.args.batch_size, len(replay)))
+
+    def judge(self, rows):
+        """Rollouts -> the same with advantage, log q and importance weight of every response token."""
+        start, log_p, log_q = time.perf_counter(), [], []
+        was_training, rows = self.student.training, sorted(rows, key=len)
+        self.student.eval()
+
+        def keep(p0_logits, p_logits, q_logits, labels, rollout):
+            log_p.append(-cross_entropy(p_logits, labels))
+            log_q.append(-cross_entropy(q_logits, labels))
+            return {}
+
+        with torch.no_grad():
+            for part in micro_batches(rows, self.args):
+                run_batch(self.student, self.teacher, collate(part, self.tokenizer.pad_token_id).to(self.hw.device), self.vocab, self.hw, keep)
+        self.student.train(was_training)
+        log_p, log_q = torch.cat(log_p).cpu(), torch.cat(log_q).cpu()
+        weight = (log_q - mix(log_p, log_q, TEACHER_SHARE)).exp()
+        lengths = [len(row.response_ids) for row in rows]
+        advantage = whiten(torch.cat([discounted_return(r, GAMMA) for r in (log_p - log_q).split(lengths)]))
+        values = torch.stack([advantage, log_q, weight], dim=1).split(lengths)
+        self.sampling_s += time.perf_counter() - start
+        return [dataclasses.replace(row, rollout=value.tolist() if self.args.policy_gradient else None) for row, value in zip(rows, values)]
+
+    def validated(self, loss, patience=0.1, step=0.1):
+        """DistiLLM: phi grows when the validation loss has risen by `patience` over its reference, which is then replaced."""
+        if self.state["reference"] is None:
+            self.state["reference"] = loss
+        elif loss >= self.state["reference"] + patience:
+            self.state["phi"], self.state["reference"] = min(1.0, self.state["phi"] + step), loss
+
+
+def with_response(row, response_ids, max_length):
+    return dataclasses.replace(row, response_ids=response_ids[: max_length - len(row.prompt_ids)], rollout=None)
+
+
+def discounted_return(rewards, gamma):
+    """(n,) rewards of one response -> (n,) R_t = sum_{k >= t} gamma^(k - t) r_k / (n - t), MiniLLM's length-normalised return.
+
+    r_t itself is in R_t, as in the authors' code; the paper's long-term part starts at r_(t+1)."""
+    steps = torch.arange(len(rewards))
+    discount = gamma ** (steps[None, :] - steps[:, None]).clamp_min(0) * (steps[None, :] >= steps[:, None])
+    return discount.to(rewards) @ rewards / (len(rewards) - steps)
+
+
+def whiten(values):
+    """Mean 0, variance 1, over response tokens (the authors' code counts padding too)."""
+    return (values - values.mean()) / (values.std(unbiased=False) + 1e-8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -994,7 +1262,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
     scaler = torch.amp.GradScaler(device.type, enabled=hw.dtype == torch.float16)
     taid_state = dict(t=torch.tensor(args.taid_start, device=device), momentum=torch.zeros((), device=device),
                       loss=torch.full((), math.inf, device=device))  # fmt: skip
-    lengths = [len(example) for example in data["train"]]
+    text = Text(args, student, teacher, data["train"], tokenizer, vocab, hw, seed, steps)
     eval_every = args.eval_every or max(50, steps // 5)
     torch.manual_seed(seed)
 
@@ -1005,6 +1273,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
     first_dev = last_dev = None
     if data.get("dev") and args.eval_rows and teacher is not None:
         first_dev = last_dev = dev()
+        text.validated(first_dev["student_ce"])
         evaluation_s += time.perf_counter() - start
         report(phase, 0, {f"dev/{name}": value for name, value in first_dev.items()})
     window, window_tokens, window_steps, window_start = Counter(), 0, 0, time.perf_counter()
@@ -1012,7 +1281,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
 
     for step in bar:
         # Whose text.
-        examples = [data["train"][i] for i in batch_indices(lengths, args.batch_size, seed, step)]
+        examples = text(step)
         tokens = sum(len(example.response_ids) for example in examples)  # of the whole batch, whatever its split
 
         # Which terms. A network that no term and no report asks for does not run.
@@ -1022,9 +1291,8 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
         teacher_trains = args.teacher_moves and step % args.update_teacher_every == 0
         divergence = bind_divergence(args, taid_state)
 
-        def losses(p0_logits, p_logits, q_logits, labels):
-            terms = {"student_loss": student_loss(p_logits, q_logits, labels, divergence, args.student_ce_weight)
-                     if p_logits is not None else cross_entropy(q_logits, labels)}  # fmt: skip
+        def losses(p0_logits, p_logits, q_logits, labels, rollout):
+            terms = {"student_loss": student_loss(p_logits, q_logits, labels, divergence, args.student_ce_weight, rollout)}
             if teacher_trains:
                 terms["teacher_loss"] = teacher_loss(p_logits, q_logits, p0_logits, labels, args.teacher_ce_weight, lam,
                                                      args.anchor, args.teacher_kl, args.temperature)  # fmt: skip
@@ -1067,14 +1335,18 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             metrics |= {name: float(value) / tokens for name, value in looked.items()}
             metrics |= dict(lr=learning_rate(step, steps, lr, args.warmup), tokens_per_s=window_tokens / seconds,
                             step_s=seconds / window_steps, peak_memory_gb=hw.peak_memory() / 1e9)  # fmt: skip
+            metrics["sampling_s"] = text.sampling_s  # so far
             if args.teacher_moves:
                 metrics["lam"] = lam
+            if args.text == "adaptive":
+                metrics["phi"] = text.state["phi"]
             if args.divergence == "taid" and args.student_ce_weight < 1:
                 metrics["taid_t"] = float(taid_state["t"])
-            report(phase, step + 1, {f"train/{name}": value for name, value in metrics.items()}, bar)
+            report(phase, step + 1, {("time/" if name == "sampling_s" else "train/") + name: value for name, value in metrics.items()}, bar)
         if first_dev is not None and ((step + 1) % eval_every == 0 or step == steps - 1):
             dev_start = time.perf_counter()
             last_dev = dev()
+            text.validated(last_dev["student_ce"])
             last_dev["collapsed"] = collapsed(first_dev, last_dev)
             report(phase, step + 1, {f"dev/{name}": value for name, value in last_dev.items()}, bar)
             evaluation_s += time.perf_counter() - dev_start
@@ -1082,7 +1354,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             window, window_tokens, window_steps, window_start = Counter(), 0, 0, time.perf_counter()
     bar.close()
     student.eval()
-    return dict(seconds=time.perf_counter() - start - evaluation_s, first_dev=first_dev, last_dev=last_dev)
+    return dict(seconds=time.perf_counter() - start - evaluation_s, sampling_s=text.sampling_s, first_dev=first_dev, last_dev=last_dev)
 
 
 @torch.no_grad()
@@ -1090,10 +1362,8 @@ def evaluate(args, student, teacher, examples, tokenizer, vocab, hw):
     """Means over the response tokens of `examples` of everything in `measure`, the student's dropout off."""
     was_training, sums = student.training, Counter()
     student.eval()
-    size = args.micro_batch_size or args.batch_size
-    examples = sorted(examples, key=len)
-    for i in range(0, len(examples), size):
-        batch = collate(examples[i : i + size], tokenizer.pad_token_id).to(hw.device)
+    for rows in micro_batches(examples, args):
+        batch = collate(rows, tokenizer.pad_token_id).to(hw.device)
         sums.update(run_batch(student, teacher, batch, vocab, hw, need_p0=args.teacher_moves, look=True))
     student.train(was_training)
     tokens = sum(len(example.response_ids) for example in examples)
@@ -1104,73 +1374,6 @@ def collapsed(first, now):
     """1.0 when teacher and student met far away from the teacher's knowledge: the module has drifted from p_0 further
     than the student was from it at the start, and the student predicts the gold text worse than at the start."""
     return float(now["drift"] > first["fkl"] and now["student_ce"] > first["student_ce"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generating and scoring
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sample=False, seed=0, **options):
-    """Lists of prompt ids -> lists of response ids, in the same order; EOS, where one was written, is kept.
-
-    Left-padded batches of prompts of like length, KV cache, eval mode, never beyond the model's positions. sample=True draws at temperature 1 from the whole
-    distribution, and the same seed draws the same text; `options` go to transformers' GenerationConfig."""
-    room = positions(model) - max(map(len, prompts))
-    config = transformers.GenerationConfig(
-        max_new_tokens=int(min(max_new_tokens, room)), do_sample=sample, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_p=1.0, top_k=0) if sample else {}) | options,
-    )  # fmt: skip
-    was_training, responses = model.training, [None] * len(prompts)
-    model.eval()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # out of memory at once or never
-    devices = [hw.device] if hw.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), hw.autocast():
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in rows)
-            input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, i in enumerate(rows):
-                input_ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                attention_mask[row, width - len(prompts[i]) :] = 1
-            output = model.generate(input_ids=input_ids.to(hw.device), attention_mask=attention_mask.to(hw.device),
-                                    generation_config=config)  # fmt: skip
-            for i, ids in zip(rows, output[:, width:].tolist()):
-                end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-                responses[i] = ids[:end]
-    model.train(was_training)
-    return responses
-
-
-def rouge_l(prediction, references):
-    """Rouge-L F times 100, with the stemmer, the best over the references. Lin 2004; rouge-score's implementation."""
-    return 100 * _rouge_scorer().score_multi(references, prediction)["rougeL"].fmeasure
-
-
-@functools.cache
-def _rouge_scorer():
-    from rouge_score import rouge_scorer
-
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def score(args, model, tokenizer, examples, hw):
-    """-> (mean Rouge-L of greedy answers, the answers)."""
-    ids = generate(model, tokenizer, [example.prompt_ids for example in examples], hw, args.max_new_tokens)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    scores = [rouge_l(text, example.references) for text, example in zip(texts, examples)]
-    return sum(scores) / len(scores), texts
-
-
-def format_table(header, rows):
-    """Cells to one string: first column left, the others right."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1212,6 +1415,44 @@ def write_folder(folder, *savers):
         temporary.rename(folder)
 
 
+def fingerprint(name):
+    """A model's name and, of a local folder, the state of its files."""
+    files = sorted(pathlib.Path(name).iterdir()) if os.path.isdir(name) else []
+    return [name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+
+
+def fingerprint_rows(rows):
+    return hashlib.sha256(json.dumps([(row.prompt_ids, row.response_ids) for row in rows]).encode()).hexdigest()
+
+
+def cache_key(**determinants):
+    determinants["versions"] = [torch.__version__, transformers.__version__]
+    return hashlib.sha256(json.dumps(determinants, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def teacher_text(args, teacher, source, rows, tokenizer, vocab, hw):
+    """The rows with the teacher's sampled answers in place of the gold ones (SeqKD), and the seconds it took to write them.
+
+    Kept in the cache, chunk by chunk, so that an interrupted writing goes on where it stopped; the seed of a chunk does not
+    depend on where that was."""
+    sampling = dict(seed=args.seed, max_new_tokens=args.max_new_tokens, max_length=args.max_length, batch_size=args.batch_size)
+    key = cache_key(source=fingerprint(source), data=fingerprint_rows(rows), vocab=vocab, hardware=[hw.device.type, str(hw.dtype)], **sampling)
+    path = pathlib.Path(args.cache_dir).resolve() / f"text-{short_name(args.teacher)}-{key}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chunk, start = 8 * args.batch_size, time.perf_counter()
+    written = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    path.write_text("".join(json.dumps(chunk_ids) + "\n" for chunk_ids in written))  # without a line cut by an interruption
+    chunks = range(len(written) * chunk, len(rows), chunk)
+    with open(path, "a") as file:
+        for first in tqdm(chunks, desc="teacher writes", disable=not sys.stderr.isatty() or not chunks, dynamic_ncols=True):
+            prompts = [row.prompt_ids for row in rows[first : first + chunk]]
+            written.append(generate(teacher, tokenizer, prompts, hw, args.max_new_tokens, args.batch_size, True, args.seed * 1_000_003 + first, vocab))
+            file.write(json.dumps(written[-1]) + "\n")
+            file.flush()
+    responses = [ids for chunk_ids in written for ids in chunk_ids]
+    return [with_response(row, ids, args.max_length) for row, ids in zip(rows, responses)], time.perf_counter() - start
+
+
 def warm_start(args, role, data, tokenizer, hw, report):
     """Fine-tune `role` on gold text unless a model with the same key is kept already. -> (its name or folder, seconds).
 
@@ -1222,15 +1463,12 @@ def warm_start(args, role, data, tokenizer, hw, report):
     if epochs == 0 and name != "demo":
         return name, 0.0
     rows = data["teacher" if role == "teacher" else "train"]
-    files = sorted(pathlib.Path(name).iterdir()) if os.path.isdir(name) else []
-    determinants = dict(
-        role=role, full=full, epochs=epochs, lr=lr, source=[name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)],
-        config=demo_config(role).to_dict() if name == "demo" else None, versions=[torch.__version__, transformers.__version__],
-        lora=None if full else [args.lora_rank, args.lora_alpha, args.lora_targets], hardware=[hw.device.type, str(hw.dtype)],
-        data=hashlib.sha256(json.dumps([(e.prompt_ids, e.response_ids) for e in rows]).encode()).hexdigest(),
+    key = cache_key(
+        role=role, full=full, epochs=epochs, lr=lr, source=fingerprint(name), data=fingerprint_rows(rows),
+        config=demo_config(role).to_dict() if name == "demo" else None, hardware=[hw.device.type, str(hw.dtype)],
+        lora=None if full else [args.lora_rank, args.lora_alpha, args.lora_targets],
         training=[getattr(args, f) for f in ("max_steps", "batch_size", "warmup", "weight_decay", "max_grad_norm", "sft_seed")],
     )  # fmt: skip
-    key = hashlib.sha256(json.dumps(determinants, sort_keys=True, default=str).encode()).hexdigest()[:12]
     folder = pathlib.Path(args.cache_dir).resolve() / f"{role}-{short_name(name)}-{key}"
     if folder.exists():
         print(f"{role}: warm start kept in {folder}")
@@ -1241,7 +1479,8 @@ def warm_start(args, role, data, tokenizer, hw, report):
         torch.manual_seed(args.sft_seed)
         model = peft.get_peft_model(model, lora_config(model, args))
     steps = count_steps(args, len(rows), epochs)
-    sft = dataclasses.replace(args, method="sft", text="data", divergence="fkl", student_ce_weight=1.0, teacher_moves=False)
+    sft = dataclasses.replace(args, method="sft", text="data", divergence="fkl", student_ce_weight=1.0, teacher_moves=False,
+                              policy_gradient=False)  # fmt: skip
     result = train(sft, f"{role} sft", model, None, dict(train=rows), tokenizer, head_rows(model), hw, report, lr, steps, args.sft_seed)
     model = model if full else model.merge_and_unload()
     write_folder(folder, model.save_pretrained, tokenizer.save_pretrained)
@@ -1310,10 +1549,15 @@ def distil(args):
     scores = {"teacher": score(args, teacher, tokenizer, test, hw),
               "student, warm start": score(args, student, tokenizer, test, hw)} if test else {}  # fmt: skip
     scoring_s = time.perf_counter() - clock
+    writing_s = 0.0
+    if args.text == "teacher":
+        data["train"], writing_s = teacher_text(args, teacher, teacher_source, data["train"], tokenizer, vocab, hw)
     if args.teacher_moves:
         teacher = add_online_module(teacher, args)
     steps = count_steps(args, len(data["train"]), args.epochs)
     result = train(args, "distil", student, teacher, data, tokenizer, vocab, hw, report, args.lr, steps, args.seed)
+    result["sampling_s"] += writing_s
+    result["seconds"] += writing_s
     write_folder(folder / "student", student.save_pretrained, student_tokenizer.save_pretrained)
     if args.teacher_moves:
         write_folder(folder / "teacher_lora", teacher.save_pretrained)
@@ -1333,9 +1577,10 @@ def summarize(args, folder, report, scores, result, seconds, test):
     dev_ce = {"teacher": first.get("teacher_ce"), "student, warm start": first.get("student_ce"), name: last.get("student_ce")}
     dev_fkl = {"teacher": 0.0 if first else None, "student, warm start": first.get("fkl"), name: last.get("fkl")}
     rouge = {row: scores[row][0] if row in scores else None for row in times}
+    sampling = {"teacher": None, "student, warm start": None, name: result["sampling_s"]}
     show = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
-    rows = [(row, show(rouge[row], 2), show(dev_ce[row], 3), show(dev_fkl[row], 3), show(times[row], 1)) for row in times]
-    print("\n" + format_table(("", "Rouge-L", "dev CE", "dev KL(p_0||q)", "training s"), rows))
+    rows = [(row, show(rouge[row], 2), show(dev_ce[row], 3), show(dev_fkl[row], 3), show(times[row], 1), show(sampling[row], 1)) for row in times]
+    print("\n" + format_table(("", "Rouge-L", "dev CE", "dev KL(p_0||q)", "training s", "of it sampling"), rows))
     print(f"Rouge-L: greedy, {len(test)} test rows. Scoring took {seconds['scoring']:.1f} s; 0.0 s of training: found in the cache or not asked for.")
     final = dict(rouge_l_teacher=rouge["teacher"], rouge_l_warm_start=rouge["student, warm start"], rouge_l=rouge[name])
     if scores:
@@ -1359,7 +1604,8 @@ def summarize(args, folder, report, scores, result, seconds, test):
 
 
 def times_of(seconds, result):
-    return dict(teacher_sft=seconds["teacher"], student_sft=seconds["warm"], distil=result["seconds"], scoring=seconds["scoring"])
+    return dict(teacher_sft=seconds["teacher"], student_sft=seconds["warm"], distil=result["seconds"], sampling=result["sampling_s"],
+                scoring=seconds["scoring"])  # fmt: skip
 
 
 def main(argv=None):

@@ -59,7 +59,7 @@ def tiny(family="gpt2", seed=0, dtype=torch.float32, **changes):
 
 
 def tiny_args(**changes):
-    return okd.resolve(okd.Args(**{**dict(batch_size=4, epochs=1, eval_rows=8, score_rows=2, log_every=1, lora_rank=4), **changes}))
+    return okd.resolve(okd.Args(**{**dict(batch_size=4, epochs=1, eval_rows=8, score_rows=2, log_every=1, lora_rank=4, max_new_tokens=6, rollouts=8), **changes}))
 
 
 @pytest.fixture(scope="session")
@@ -464,7 +464,7 @@ def test_chunks_give_the_plain_losses_and_gradients_of_both_networks(family, nam
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.1)
 
-    def losses(p0, p, q, labels):
+    def losses(p0, p, q, labels, rollout=None):
         return dict(student_loss=okd.student_loss(p, q, labels, divergence, 0.2),
                     teacher_loss=okd.teacher_loss(p, q, p0, labels, 1.0, 0.5, 0.3, "qp", 1.0))  # fmt: skip
 
@@ -497,7 +497,7 @@ def test_padding_changes_nothing(examples, float64_head):
 def test_vocabulary_is_cut_to_what_both_heads_have(examples, tokenizer):
     teacher, student = tiny(seed=1, vocab_size=400).requires_grad_(False), tiny(seed=2, vocab_size=392)
     batch = okd.collate(examples[:4], 0)
-    losses = lambda p0, p, q, labels: dict(student_loss=okd.fkl(p, q))  # noqa: E731
+    losses = lambda p0, p, q, labels, rollout: dict(student_loss=okd.fkl(p, q))  # noqa: E731
     sums = okd.run_batch(student, teacher, batch, 392, CPU, losses)
     expected = okd.fkl(plain_logits(teacher, batch)[:, :392], plain_logits(student, batch)).sum()
     torch.testing.assert_close(sums["student_loss"], expected.detach())
@@ -575,8 +575,8 @@ def test_the_module_steps_on_every_nth_batch(examples, tokenizer, every, moves, 
 def test_the_split_into_micro_batches_changes_nothing(examples, tokenizer, method):
     """One batch of eight ragged rows gives the gradient of four of two, of both networks."""
     ends = []
-    for size in (None, 2, 3):
-        args = tiny_args(method=method, batch_size=8, micro_batch_size=size, max_grad_norm=0, anchor=0.5)
+    for split in ({}, dict(micro_batch_size=2), dict(micro_batch_size=3), dict(micro_batch_tokens=90)):
+        args = tiny_args(method=method, batch_size=8, **split, max_grad_norm=0, anchor=0.5)
         student, teacher = tiny(seed=1, **NO_DROPOUT), tiny(seed=2).requires_grad_(False)
         teacher = okd.add_online_module(teacher, args) if args.teacher_moves else teacher
         captured = {}
@@ -613,13 +613,16 @@ def test_every_row_of_the_method_table_trains_with_the_same_metrics(method, fami
     student, teacher = tiny(family, 1), tiny(family, 2).requires_grad_(False)
     teacher = okd.add_online_module(teacher, args) if args.teacher_moves else teacher
     start = snapshot(student)
-    train_tiny(args, student, teacher, examples, tokenizer, report=lambda phase, step, metrics, bar=None: reports.append(metrics), dev=examples[:8])
+    train_tiny(args, student, teacher, examples, tokenizer, steps=3, dev=examples[:8],
+               report=lambda phase, step, metrics, bar=None: reports.append(metrics))  # fmt: skip
     assert changed(start, student)
     train_names = {name for report in reports for name in report if name.startswith("train/")}
     common = {"student_loss", "student_grad_norm", "fkl", "rkl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy",
               "top1_agreement", "drift", "lr", "tokens_per_s", "step_s", "peak_memory_gb"}  # fmt: skip
     assert {f"train/{name}" for name in common} <= train_names
-    extra = {"okd": {"teacher_loss", "teacher_grad_norm", "lam"}, "taid": {"taid_t"}}.get(method, set())
+    assert all("time/sampling_s" in report for report in reports if "train/lr" in report)
+    assert (reports[-2]["time/sampling_s"] > 0) == (method in ("imitkd", "gkd", "minillm"))  # distillm's phi starts at 0
+    extra = {"okd": {"teacher_loss", "teacher_grad_norm", "lam"}, "taid": {"taid_t"}, "distillm": {"phi"}}.get(method, set())
     assert train_names == {f"train/{name}" for name in common | extra}
     assert all(math.isfinite(value) for report in reports for value in report.values())
 
@@ -745,6 +748,272 @@ def test_rouge_l_by_hand():
     assert okd.rouge_l("the cat sat", ["no", "the cat sat"]) == pytest.approx(100.0)  # the best reference counts
     assert okd.rouge_l("", ["the cat"]) == 0.0
     assert okd.rouge_l("running dogs", ["run dog"]) == pytest.approx(100.0)  # the stemmer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose text
+# ---------------------------------------------------------------------------------------------------------------------
+
+SENTENCE = [70, 71, 72, 1]  # its last token is EOS
+
+
+def parrot(scale):
+    """A GPT-2 whose weights are set by hand so that after any prompt it says SENTENCE: a table of bigrams.
+
+    Its one block adds nothing and token x is the x-th unit vector, which the last layer norm turns into a peak at x. The
+    head's rows of 71, 72 and EOS look at the peaks of 70, 71 and 72, that of 70 at a constant in the last dimension."""
+    size = 384
+    model = tiny(n_embd=size, n_layer=1, tie_word_embeddings=False, **NO_DROPOUT)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if name.endswith("ln_f.weight") else 0.0)
+        model.transformer.wte.weight.copy_(torch.eye(size))
+        model.transformer.ln_f.bias[-1] = 10.0
+        for token, column in PARROT_HEAD:
+            model.lm_head.weight[token, column] = scale
+    return model
+
+
+PARROT_HEAD = [(71, 70), (72, 71), (1, 72), (70, -1)]
+
+
+def parrot_cross_entropy(scale):
+    """-log q(next token) of the parrot at the four tokens of SENTENCE, from the closed form of layer norm on a unit vector."""
+    n, losses = 384, []
+    for before, after in ((13, 70), (70, 71), (71, 72), (72, 1)):
+        hidden = torch.full((n,), -1 / n, dtype=torch.float64)
+        hidden[before] += 1
+        hidden /= math.sqrt(1 / n - 1 / n**2 + 1e-5)
+        hidden[-1] += 10
+        logits = torch.zeros(n, dtype=torch.float64)
+        for token, column in PARROT_HEAD:
+            logits[token] = scale * hidden[column]
+        losses.append(-logits.log_softmax(-1)[after].item())
+    return losses
+
+
+def text_of(args, examples, tokenizer, student=None, teacher=None, steps=10, seed=1):
+    return okd.Text(args, student, teacher, examples, tokenizer, 384, CPU, seed, steps)
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.2])
+def test_sampled_text_is_aligned_and_ends_in_eos_so_the_parrots_loss_is_the_known_one(scale, examples, tokenizer, monkeypatch):
+    args, reports, student = tiny_args(method="imitkd", student_ce_weight=1.0), [], parrot(2.0)
+    rows = text_of(args, examples, tokenizer, student)(0)
+    assert [row.response_ids for row in rows] == [SENTENCE] * 4  # EOS among them
+    if scale < 2:  # a hesitant parrot is trained on what the sure one wrote
+        monkeypatch.setattr(okd.Text, "answer", lambda self, *rest: rows)
+    train_tiny(args, parrot(scale), parrot(1.0), examples, tokenizer, steps=1, report=lambda phase, step, metrics, bar=None: reports.append(metrics))
+    known = parrot_cross_entropy(scale)
+    assert reports[0]["train/student_loss"] == pytest.approx(sum(known) / 4, abs=1e-5)
+    assert (max(known) < 1e-6) if scale == 2 else (min(known) > 1)
+
+
+def test_first_token_of_sampled_text_is_a_target(examples, tokenizer):
+    row = okd.with_response(examples[0], SENTENCE, 96)
+    batch = okd.collate([row], 1)  # pad is EOS here
+    assert batch.labels.tolist() == SENTENCE
+
+
+def test_sampled_text_is_cut_to_max_length(examples):
+    row = okd.with_response(examples[0], list(range(5, 205)), 96)
+    assert len(row) == 96
+
+
+def test_whose_text_follows_the_column(examples, tokenizer, monkeypatch):
+    monkeypatch.setattr(okd.Text, "answer", lambda self, rows, step, teacher=None: [okd.with_response(row, SENTENCE, 96) for row in rows])
+    own = lambda rows: all(row.response_ids == SENTENCE for row in rows)  # noqa: E731
+    gold = lambda rows: not any(row.response_ids == SENTENCE for row in rows)  # noqa: E731
+    for method in ("fkl", "sft", "okd", "taid"):
+        assert all(gold(text_of(tiny_args(method=method), examples, tokenizer)(step)) for step in range(10))
+    assert all(own(text_of(tiny_args(method="imitkd"), examples, tokenizer)(step)) for step in range(10))
+    assert all(own(text_of(tiny_args(method="okd", text="student", sgo_fraction=1.0), examples, tokenizer)(step)) for step in range(10))
+    text = text_of(tiny_args(method="gkd"), examples, tokenizer)
+    batches = [text(step) for step in range(400)]
+    assert all(own(rows) or gold(rows) for rows in batches)
+    assert abs(sum(map(own, batches)) - 200) < 3 * math.sqrt(400 * 0.25)  # half of them, within three sigma
+
+
+def numbered(tokenizer, examples, monkeypatch):
+    """Answers that carry the number of their step, so that a test sees where a row comes from."""
+    monkeypatch.setattr(okd.Text, "answer", lambda self, rows, step, teacher=None: [okd.with_response(row, [100 + step, 1], 96) for row in rows])
+    return lambda rows: {row.response_ids[0] - 100 for row in rows if len(row.response_ids) == 2}
+
+
+def test_replay_buffer_is_first_in_first_out_and_keeps_its_capacity(examples, tokenizer, monkeypatch):
+    steps_of = numbered(tokenizer, examples, monkeypatch)
+    args = tiny_args(method="gkd", sgo_fraction=1.0, sgo_source="replay", replay_capacity=10)
+    text, drawn = text_of(args, examples, tokenizer), []
+    for step in range(8):
+        drawn.append(steps_of(text(step)))
+        held = [row.response_ids[0] - 100 for row in text.state["replay"]]
+        assert held == sorted(step for step in range(step + 1) for _ in range(4))[-10:]
+        assert drawn[-1] <= set(held)
+    assert any(steps != {i} for i, steps in enumerate(drawn))  # not only what was just written
+
+
+def test_distillm_draws_fresh_text_until_the_buffer_is_full_then_replays_ever_more_often(examples, tokenizer, monkeypatch):
+    steps_of = numbered(tokenizer, examples, monkeypatch)
+    text = text_of(tiny_args(method="distillm", replay_capacity=12), examples, tokenizer, steps=100)
+    kinds = []
+    text.state["phi"] = 0.6
+    for step in range(100):
+        full, r = len(text.state["replay"]) >= 12, text.chance(step).random()
+        expected = "data" if r >= 0.6 else "fresh" if r < 0.6 * (1 - step / 100) or not full else "replay"
+        steps = steps_of(text(step))
+        kinds.append(expected)
+        if expected == "data":
+            assert not steps
+        elif expected == "fresh":
+            assert steps == {step}
+        else:
+            assert steps and step not in steps
+    assert {"data", "fresh", "replay"} == set(kinds)
+    assert kinds[60:].count("replay") > kinds[:40].count("replay")
+
+
+def test_phi_grows_by_a_tenth_when_the_validation_loss_rose_by_a_tenth(examples, tokenizer):
+    text, phis = text_of(tiny_args(method="distillm"), examples, tokenizer), []
+    for loss in (2.0, 1.5, 2.05, 2.1, 2.15, 2.2, 2.19, 1.0, 2.31):
+        text.validated(loss)
+        phis.append(round(text.state["phi"], 6))
+    #                 first: reference 2.0, below 2.1 nothing; 2.1 hits (reference 2.1), 2.2 hits (2.2), 2.31 hits
+    assert phis == [0, 0, 0, 0.1, 0.1, 0.2, 0.2, 0.2, 0.3]
+    text.state["phi"] = 0.95
+    text.validated(9.0)
+    assert text.state["phi"] == 1.0
+
+
+def test_return_against_a_loop():
+    rewards = random_logits(7, seed=5)
+    slow = []
+    for t in range(7):
+        total = 0.0
+        for k in range(t, 7):
+            total += 0.95 ** (k - t) * rewards[k].item()
+        slow.append(total / (7 - t))
+    assert okd.discounted_return(rewards, 0.95).tolist() == pytest.approx(slow)
+
+
+def test_rollouts_carry_advantage_log_q_and_weight_of_every_token(examples, tokenizer):
+    student, teacher = tiny(seed=1), tiny(seed=2).requires_grad_(False)
+    args = tiny_args(method="minillm", micro_batch_size=2)
+    text = text_of(args, examples, tokenizer, student, teacher)
+    rows = [okd.with_response(row, ids, 96) for row, ids in zip(examples, ([70, 71, 1], [80, 1], [90, 91, 92, 93]))]
+    judged = text.judge(rows)
+    returns, order = [], sorted(rows, key=len)
+    for row in order:
+        ids = torch.tensor([row.prompt_ids + row.response_ids])
+        p, q = (model(input_ids=ids).logits[0].log_softmax(-1) for model in (teacher, student))
+        start, log_p, log_q = len(row.prompt_ids), [], []
+        for i, token in enumerate(row.response_ids):
+            log_p.append(p[start + i - 1, token].item())
+            log_q.append(q[start + i - 1, token].item())
+        rewards = [a - b for a, b in zip(log_p, log_q)]
+        n = len(rewards)
+        returns.append([sum(0.95 ** (k - t) * rewards[k] for k in range(t, n)) / (n - t) for t in range(n)])
+        got = next(j for j in judged if j.response_ids == row.response_ids).rollout
+        assert [value[1] for value in got] == pytest.approx(log_q, abs=1e-5)
+        weights = [math.exp(b) / (0.2 * math.exp(a) + 0.8 * math.exp(b)) for a, b in zip(log_p, log_q)]
+        assert [value[2] for value in got] == pytest.approx(weights, rel=1e-4)
+    flat = torch.tensor(sum(returns, []))
+    whitened = ((flat - flat.mean()) / flat.std(unbiased=False)).tolist()
+    assert sum(([value[0] for value in row.rollout] for row in judged), []) == pytest.approx(whitened, abs=1e-3)
+    batch = okd.collate(judged, 1)
+    assert batch.rollout.shape == (9, 3)
+
+
+def test_policy_gradient_is_that_of_the_expected_reward_by_finite_differences():
+    """Two tokens, drawn from the mixture: the importance-weighted gradient, averaged over it, is that of E_q[reward]."""
+    z_p, rewards = torch.tensor([0.3, -0.1], dtype=torch.float64), torch.tensor([0.7, -0.4], dtype=torch.float64)
+    z_q = torch.tensor([0.1, 0.05], dtype=torch.float64, requires_grad=True)
+    log_p, log_q = z_p.log_softmax(-1), z_q.detach().log_softmax(-1)
+    log_m = okd.mix(log_p, log_q, okd.TEACHER_SHARE)
+    labels = torch.tensor([0, 1])
+    loss = okd.policy_loss(z_q.expand(2, 2), labels, rewards, log_q, (log_q - log_m).exp())
+    (gradient,) = torch.autograd.grad((log_m.exp() * loss).sum(), z_q)
+    expected = lambda z: (z.softmax(-1) * rewards).sum().item()  # noqa: E731
+    for i in range(2):
+        nudge = torch.zeros(2, dtype=torch.float64)
+        nudge[i] = 1e-6
+        finite = (expected(z_q.detach() + nudge) - expected(z_q.detach() - nudge)) / 2e-6
+        assert -gradient[i].item() == pytest.approx(finite, rel=1e-6)
+
+
+def test_policy_loss_clips_the_ratio_times_the_weight_pessimistically():
+    z = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+    labels = torch.zeros(4, dtype=torch.long)
+    log_q = torch.full((4,), math.log(0.5), dtype=torch.float64)
+    advantage, weight = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), torch.tensor([1.5, 0.5, 1.5, 0.5]).double()
+    loss = okd.policy_loss(z, labels, advantage, log_q, weight)
+    assert loss.tolist() == pytest.approx([-1.2, -0.5, 1.5, 0.8])  # -min(w A, clip(w, 0.8, 1.2) A)
+    loss.sum().backward()
+    assert [bool(row.abs().sum() > 0) for row in z.grad] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_mixture_sampling_uses_p_and_q_of_plain_forwards_at_every_token(family):
+    """Left-padded, cached, two prompts at once, against one unpadded forward for every prefix."""
+    student, teacher = tiny(family, 1), tiny(family, 2)
+    prompts, new = [[70, 71, 72, 73, 74], [80, 81]], [[90, 91, 92], [93, 94, 95]]
+    attention = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    processor = okd.NextTokens(380, teacher, attention)
+    ids = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]])
+    for step in range(3):
+        plain = lambda model: torch.stack([model(input_ids=torch.tensor([p + n[:step]])).logits[0, -1] for p, n in zip(prompts, new)])  # noqa: E731
+        with torch.no_grad():
+            q = plain(student)
+            got = processor(ids, q)
+            p_probabilities, q_probabilities = plain(teacher)[:, :380].softmax(-1), q[:, :380].softmax(-1)
+        torch.testing.assert_close(got[:, :380].exp(), 0.2 * p_probabilities + 0.8 * q_probabilities, atol=1e-5, rtol=1e-4)
+        assert (got[:, 380:] == -math.inf).all()
+        ids = torch.cat([ids, torch.tensor([[n[step]] for n in new])], dim=1)
+
+
+def test_minillm_samples_anew_after_its_passes(examples, tokenizer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(okd.Text, "answer", lambda self, rows, step, teacher=None: calls.append((step, len(rows), teacher)) or rows)
+    monkeypatch.setattr(okd.Text, "judge", lambda self, rows: rows)
+    text = text_of(tiny_args(method="minillm", rollouts=8, rollout_passes=3, batch_size=4), examples, tokenizer, teacher="T", steps=12)
+    seen = [text(step) for step in range(12)]
+    assert calls == [(0, 8, "T"), (6, 8, "T")]  # two batches a pass, three passes
+    ids = lambda batches: sorted(id(row) for rows in batches for row in rows)  # noqa: E731
+    assert ids(seen[0:2]) == ids(seen[2:4]) == ids(seen[4:6]) != ids(seen[6:8])
+
+
+def test_seqkd_trains_on_the_teachers_text(folders, tokenizer, jsonl, tmp_path, capsys, monkeypatch):
+    parrot(4.0).save_pretrained(tmp_path / "parrot")
+    tokenizer.save_pretrained(tmp_path / "parrot")
+    seen, original = [], okd.run_batch
+    monkeypatch.setattr(okd, "run_batch", lambda s, t, batch, *rest, **named: seen.append(batch.labels.tolist()) or original(s, t, batch, *rest, **named))
+    flags = [*small_flags(folders, jsonl, tmp_path), "--teacher", tmp_path / "parrot", "--method", "seqkd", "--eval-rows", "0",
+             "--teacher-sft-epochs", "0", "--student-sft-epochs", "0"]  # fmt: skip
+    code, out, err = run(capsys, *flags)
+    assert code == 0, err
+    assert seen and all(labels == SENTENCE * 4 for labels in seen)
+
+
+def test_the_teachers_text_goes_on_where_its_writing_stopped(examples, tokenizer, tmp_path, monkeypatch):
+    args, teacher, written = tiny_args(method="seqkd", cache_dir=str(tmp_path), batch_size=1), tiny(seed=2), []
+    original = okd.generate
+    monkeypatch.setattr(okd, "generate", lambda *a, **k: written.append(len(a[2])) or original(*a, **k))
+    write = lambda: okd.teacher_text(args, teacher, "t", examples, tokenizer, 384, CPU)[0]  # noqa: E731
+    whole = write()
+    assert sum(written) == len(examples) and any(row.response_ids != gold.response_ids for row, gold in zip(whole, examples))
+    (path,) = tmp_path.glob("text-*.jsonl")
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(lines[:2]) + lines[2][:7])  # killed in the middle of the third chunk
+    written.clear()
+    assert [row.response_ids for row in write()] == [row.response_ids for row in whole]
+    assert sum(written) == len(examples) - 16
+    written.clear()
+    write()
+    assert not written
+
+
+def test_policy_gradient_needs_rollouts(folders, jsonl, tmp_path, capsys):
+    code, _, err = run(capsys, *small_flags(folders, jsonl, tmp_path), "--policy-gradient", "True")
+    assert code == 2 and "--policy-gradient needs the rollouts of --text mixture" in err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
