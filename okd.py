@@ -174,6 +174,9 @@ class Args:
     """all-linear (of the transformer blocks), or names of layers with commas between: q_proj,v_proj"""
     lora_top_layers: int = 0
     """put the module on the top k layers only, where its backward pass then stops; 0: on all"""
+    cache_teacher_trunk: bool = False
+    """with --lora-top-layers k: compute the hidden states that enter these layers, which never change, once, and keep them in
+    a memory-mapped file; its size is printed before it is written. Pays off over several epochs"""
 
     # -- warm start --
     teacher_sft: Literal["lora", "full"] | None = None
@@ -200,6 +203,10 @@ class Args:
     """most rows that go through the networks at once (unset: as many as --micro-batch-tokens lets)"""
     micro_batch_tokens: int = 4096
     """most tokens, padding included, that go through the networks at once; changes memory and speed, never the loss"""
+    compile: bool = False
+    """torch.compile the transformer blocks of both networks"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
     lr: float | None = None
     """student's peak learning rate (1e-4; demo: 2e-3)"""
     warmup: float = 0.03
@@ -210,6 +217,8 @@ class Args:
     """gradient clipping, each network by itself; 0 turns it off"""
 
     # -- reports --
+    benchmark: int | None = None
+    """time so many steps on the models as they are and print speed, memory and FLOP/s; nothing is trained before nor kept"""
     log_every: int = 10
     """steps between two lines of metrics"""
     eval_every: int | None = None
@@ -249,6 +258,8 @@ def resolve(args):
         args.teacher_sft_lr = 2e-4 if args.teacher_sft == "lora" else 5e-5
     if args.student_sft_lr is None:
         args.student_sft_lr = args.lr
+    if args.benchmark is not None:
+        args.teacher_sft_epochs = args.student_sft_epochs = args.score_rows = args.eval_rows = 0
     row = METHODS[args.method]
     for name in ("divergence", "text", "teacher_moves", "student_ce_weight", "sgo_fraction", "policy_gradient"):
         if getattr(args, name) is None:
@@ -273,13 +284,17 @@ def resolve(args):
                  "teacher_sft_epochs", "student_sft_epochs", "lora_top_layers", "eval_rows", "score_rows"):  # fmt: skip
         within(name, 0, math.inf, open_high=True)
     for name in ("batch_size", "micro_batch_size", "max_steps", "update_teacher_every", "lora_rank", "log_every",
-                 "micro_batch_tokens", "replay_capacity", "rollouts", "rollout_passes", "eval_every", "max_length", "max_prompt_length", "max_new_tokens"):  # fmt: skip
+                 "micro_batch_tokens", "replay_capacity", "rollouts", "rollout_passes", "benchmark", "eval_every", "max_length", "max_prompt_length", "max_new_tokens"):  # fmt: skip
         if getattr(args, name) is not None:
             within(name, 1, math.inf, open_high=True)
     require(args.ab_alpha + args.ab_beta > 0, "--ab-alpha and --ab-beta are both 0: one of them must be positive")
     require(args.max_prompt_length < args.max_length or args.max_length < REAL["max_length"],
             f"--max-prompt-length {args.max_prompt_length} leaves no room for a response in --max-length {args.max_length}")  # fmt: skip
     require(args.text == "mixture" or not args.policy_gradient, "--policy-gradient needs the rollouts of --text mixture")
+    if args.cache_teacher_trunk:
+        require(args.teacher_moves and args.lora_top_layers > 0, "--cache-teacher-trunk needs a moving teacher with --lora-top-layers k: below its module nothing moves")
+        require(args.text in ("data", "teacher"), f"--cache-teacher-trunk needs text that stays the same; that of --text {args.text} is new every time")
+        require(not args.compile, "--cache-teacher-trunk and --compile do not go together: choose one")
     if args.teacher_moves:
         require(not (args.lam > 0 and args.teacher_ce_weight == 0 and args.anchor == 0),
                 "--lam > 0 with neither --teacher-ce-weight nor --anchor: teacher and student would only meet each other "
@@ -302,6 +317,7 @@ class Example:
     references: list[str]  # every valid response; the first is the one trained on
     prompt_ids: list[int]
     response_ids: list[int]  # ends in EOS, unless it was cut to --max-length
+    trunk: torch.Tensor | None = None  # (len, H) of --cache-teacher-trunk
     rollout: list[tuple[float, float, float]] | None = None  # per response token: advantage, log q when sampled, weight
 
     def __len__(self):
@@ -473,9 +489,11 @@ class Batch:
     labels: torch.Tensor  # (N,) those next tokens, row by row
     positions: torch.Tensor  # (N,) indices of the True positions in the flattened mask
     rollout: torch.Tensor  # (N, 3) of a sampled Example's rollout, (N, 0) of text without one
+    trunk: torch.Tensor | None = None  # (B, T, H) hidden states below the teacher's module, where they are cached
 
     def to(self, device):
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Batch(*(value if value is None else value.to(device, non_blocking=True) for value in values))
 
 
 def collate(examples, pad_id):
@@ -488,7 +506,9 @@ def collate(examples, pad_id):
         mask[i, len(example.prompt_ids) - 1 : len(example) - 1] = True
     labels = input_ids.roll(-1, dims=1)[mask]
     rollout = torch.tensor([values for e in examples for values in e.rollout or ()]).reshape(len(labels), -1)
-    return Batch(input_ids, mask, labels, mask.flatten().nonzero().squeeze(1), rollout)
+    cached = all(example.trunk is not None for example in examples)
+    trunk = torch.nn.utils.rnn.pad_sequence([e.trunk for e in examples], batch_first=True) if cached else None
+    return Batch(input_ids, mask, labels, mask.flatten().nonzero().squeeze(1), rollout, trunk)
 
 
 def batch_indices(lengths, batch_size, seed, step, window=16):
@@ -616,15 +636,19 @@ def positions(model):
     return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
-def load_model(name, role, args, dtype):
+def load_model(name, role, args, dtype, dropout=True):
     """Hub id, local folder or "demo" -> causal LM in `dtype`, on the CPU, in eval mode. Raises UserError."""
     if name == "demo":
         torch.manual_seed(args.sft_seed)
         return transformers.AutoModelForCausalLM.from_config(demo_config(role)).to(dtype).eval()
     check_source(name)
     try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        for field, value in config.to_dict().items():
+            if not dropout and "drop" in field and isinstance(value, float):
+                setattr(config, field, 0.0)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True
+            name, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True
         )
     except Exception as error:
         raise UserError(f"cannot load the {role} (config.json, *.safetensors) of {name}: give a local model folder, or set "
@@ -673,6 +697,12 @@ def add_online_module(teacher, args):
     return peft.get_peft_model(teacher, lora_config(teacher, args, args.lora_top_layers)).eval()
 
 
+def recompute_activations(student, teacher):
+    """Gradient checkpointing. transformers does it in train mode only, so the teacher, loaded without dropout, goes there."""
+    for model in (student, teacher.train()):
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+
+
 @contextlib.contextmanager
 def module_off(teacher):
     """Inside, the teacher is p_0, whether or not it has an online module: no second copy is needed."""
@@ -689,12 +719,56 @@ def head_rows(model):
     return model.get_output_embeddings().weight.shape[0]
 
 
-def hidden_states(model, batch):
+def hidden_states(model, batch, trunk=False):
     """(N, H) final hidden states, of the N positions alone that predict a response token.
 
     No attention mask: padding is on the right, and causal attention never looks there."""
-    hidden = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    with from_trunk(model, batch.trunk) if trunk and batch.trunk is not None else contextlib.nullcontext():
+        hidden = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, batch.positions)
+
+
+def moving_block(teacher):
+    """(blocks, number of the lowest one that carries the module). What enters it never changes."""
+    blocks = list(transformer_blocks(teacher))
+    return blocks, next(i for i, block in enumerate(blocks) if any("lora_" in name for name, _ in block.named_parameters()))
+
+
+class Reached(Exception):
+    """The hidden states asked for are known; the rest of the forward need not run."""
+
+
+def below_module(teacher, input_ids):
+    """(B, T) ids -> (B, T, H) hidden states that enter the lowest block with a module."""
+    blocks, lowest = moving_block(teacher)
+    found = []
+
+    def stop(block, args, kwargs):
+        found.append(args[0])
+        raise Reached
+
+    hook = blocks[lowest].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        decoder_of(teacher)(input_ids=input_ids, use_cache=False)
+    except Reached:
+        return found[0]
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def from_trunk(teacher, states):
+    """Inside, the blocks below the module hand on what they get, and the lowest one with a module gets `states`."""
+    blocks, lowest = moving_block(teacher)
+    hook = blocks[lowest].register_forward_pre_hook(lambda block, args, kwargs: ((states, *args[1:]), kwargs), with_kwargs=True)
+    for block in blocks[:lowest]:
+        block.forward = lambda hidden, *args, **kwargs: hidden
+    try:
+        yield
+    finally:
+        hook.remove()
+        for block in blocks[:lowest]:
+            del block.forward
 
 
 class TrunkOutput(BaseModelOutputWithPast):
@@ -713,12 +787,13 @@ def head(model, hidden, vocab):
     patched = decoder.__dict__.get("forward")
     decoder.forward = lambda *args, **kwargs: TrunkOutput(last_hidden_state=hidden[None])
     try:
-        logits = model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits[0]
+        logits = model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits.flatten(0, 1)
     finally:
         del decoder.forward
         if patched is not None:
             decoder.forward = patched
-    return logits[:, :vocab].float()
+    # A view where it can be one: the backward of a slice would fill another (N, V).
+    return (logits if logits.size(1) == vocab else logits[:, :vocab]).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -929,14 +1004,15 @@ def teacher_loss(p_logits, q_logits, p0_logits, labels, ce_weight, lam, anchor, 
 
     For a fixed q and direction qp the best p_f per token is (ce_weight d + lam q + anchor p_0) / (ce_weight + lam + anchor),
     d being the gold token: the module draws the teacher toward what the student can follow."""
-    loss, q_logits = 0, q_logits.detach()
+    loss, log_p = 0, p_logits.log_softmax(-1)
+    soft_p = log_p if temperature == 1 else (p_logits / temperature).log_softmax(-1)  # one softmax for all terms, mostly
     if ce_weight > 0:
-        loss = ce_weight * cross_entropy(p_logits, labels)
+        loss = -ce_weight * log_p.gather(-1, labels[:, None]).squeeze(-1)
     if lam > 0:
-        follow = fkl if kl_direction == "pq" else rkl  # (p, q) in, KL(p_f || q) or KL(q || p_f)
-        loss = loss + lam * softened(follow, p_logits, q_logits, temperature)
+        soft_q = (q_logits.detach() / temperature).log_softmax(-1)
+        loss = loss + lam * temperature**2 * (kl(soft_p, soft_q) if kl_direction == "pq" else kl(soft_q, soft_p))
     if anchor > 0:
-        loss = loss + anchor * softened(fkl, p0_logits.detach(), p_logits, temperature)
+        loss = loss + anchor * temperature**2 * kl((p0_logits.detach() / temperature).log_softmax(-1), soft_p)
     return loss
 
 
@@ -975,10 +1051,10 @@ def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, te
         hidden = {"q": hidden_states(student, batch)}
         if teacher is not None:
             with torch.set_grad_enabled(teacher_trains and backward is not None):
-                hidden["p"] = hidden_states(teacher, batch)
+                hidden["p"] = hidden_states(teacher, batch, trunk=True)
             if need_p0:
                 with torch.no_grad(), module_off(teacher):
-                    hidden["p0"] = hidden_states(teacher, batch)
+                    hidden["p0"] = hidden_states(teacher, batch, trunk=True)
     leaves = {name: h.detach().requires_grad_(h.requires_grad) for name, h in hidden.items()}
 
     sums, rows = Counter(), max(1, CHUNK_ELEMENTS // vocab)
@@ -1206,7 +1282,7 @@ class Text:
 
 
 def with_response(row, response_ids, max_length):
-    return dataclasses.replace(row, response_ids=response_ids[: max_length - len(row.prompt_ids)], rollout=None)
+    return dataclasses.replace(row, response_ids=response_ids[: max_length - len(row.prompt_ids)], trunk=None, rollout=None)
 
 
 def discounted_return(rewards, gamma):
@@ -1277,6 +1353,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
         evaluation_s += time.perf_counter() - start
         report(phase, 0, {f"dev/{name}": value for name, value in first_dev.items()})
     window, window_tokens, window_steps, window_start = Counter(), 0, 0, time.perf_counter()
+    timed = []  # (rows, seconds of the step so far) for --benchmark
     bar = tqdm(range(steps), desc=phase, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     for step in bar:
@@ -1350,11 +1427,14 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             last_dev["collapsed"] = collapsed(first_dev, last_dev)
             report(phase, step + 1, {f"dev/{name}": value for name, value in last_dev.items()}, bar)
             evaluation_s += time.perf_counter() - dev_start
+        if args.benchmark:
+            hw.synchronize()
+            timed.append((examples, time.perf_counter()))
         if look:  # the clock of the next window starts after the looks at the dev rows
             window, window_tokens, window_steps, window_start = Counter(), 0, 0, time.perf_counter()
     bar.close()
     student.eval()
-    return dict(seconds=time.perf_counter() - start - evaluation_s, sampling_s=text.sampling_s, first_dev=first_dev, last_dev=last_dev)
+    return dict(seconds=time.perf_counter() - start - evaluation_s, sampling_s=text.sampling_s, timed=timed, first_dev=first_dev, last_dev=last_dev)
 
 
 @torch.no_grad()
@@ -1385,7 +1465,8 @@ class Report:
     """One dict of metrics, three readers: the progress bar (or the console), metrics.jsonl, and wandb under --track."""
 
     def __init__(self, folder, wandb_run=None):
-        self.file, self.wandb_run = open(folder / "metrics.jsonl", "a", buffering=1), wandb_run
+        self.file = open(folder / "metrics.jsonl" if folder else os.devnull, "a", buffering=1)
+        self.wandb_run = wandb_run
         self.start, self.printed = time.perf_counter(), {}
 
     def __call__(self, phase, step, metrics, bar=None):
@@ -1453,6 +1534,44 @@ def teacher_text(args, teacher, source, rows, tokenizer, vocab, hw):
     return [with_response(row, ids, args.max_length) for row, ids in zip(rows, responses)], time.perf_counter() - start
 
 
+@torch.no_grad()
+def cache_trunk(args, teacher, source, rows, tokenizer, hw):
+    """Rows with a view of the memory-mapped file that holds their hidden states below the teacher's module.
+
+    Raises UserError when the module is on all layers, the disk is too small, or a forward from the file is not the full one."""
+    if moving_block(teacher)[1] == 0:
+        raise UserError(f"--cache-teacher-trunk: a module on the top {args.lora_top_layers} layers leaves no layer below it")
+    with hw.autocast():
+        probe = below_module(teacher, collate(rows[:1], tokenizer.pad_token_id).input_ids.to(hw.device))
+    tokens, (width, dtype) = sum(map(len, rows)), (probe.shape[-1], probe.dtype)
+    key = cache_key(source=fingerprint(source), data=fingerprint_rows(rows), layers=args.lora_top_layers, hardware=[hw.device.type, str(hw.dtype)])
+    path = pathlib.Path(args.cache_dir).resolve() / f"trunk-{short_name(args.teacher)}-{key}.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size, there = tokens * width * probe.element_size(), path.exists()
+    print(f"teacher trunk: {tokens} tokens x {width} in {str(dtype).removeprefix('torch.')}, {size / 1e9:.2f} GB, {'kept' if there else 'written'} in {path}")
+    if not there and size > shutil.disk_usage(path.parent).free:
+        raise UserError(f"--cache-teacher-trunk needs {size / 1e9:.2f} GB in {path.parent}, where less is free: choose another --cache-dir")
+    temporary = path if there else path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    states = torch.from_file(str(temporary), shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
+    rows = [dataclasses.replace(row, trunk=trunk) for row, trunk in zip(rows, states.split([len(row) for row in rows]))]
+    if not there:
+        for part in tqdm(micro_batches(rows, args), desc="teacher trunk", disable=not sys.stderr.isatty(), dynamic_ncols=True):
+            input_ids = collate([dataclasses.replace(row, trunk=None) for row in part], tokenizer.pad_token_id).input_ids
+            with hw.autocast():
+                hidden = below_module(teacher, input_ids.to(hw.device))
+            for row, values in zip(part, hidden):
+                row.trunk.copy_(values[: len(row)])
+        temporary.rename(path)
+    batch = collate(rows[: min(8, len(rows))], tokenizer.pad_token_id).to(hw.device)
+    with hw.autocast():
+        full, short = hidden_states(teacher, batch), hidden_states(teacher, batch, trunk=True)
+    difference = ((full - short).norm() / full.norm()).item()  # another padding may round differently, no more
+    if not difference < {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(hw.dtype, 1e-4):
+        raise UserError(f"--cache-teacher-trunk: the teacher's hidden states from {path} differ from a full forward by {difference:.1e} of their "
+                        "norm; delete the file, or leave the flag out for this kind of model")  # fmt: skip
+    return rows
+
+
 def warm_start(args, role, data, tokenizer, hw, report):
     """Fine-tune `role` on gold text unless a model with the same key is kept already. -> (its name or folder, seconds).
 
@@ -1504,6 +1623,7 @@ def start_wandb(args, folder):
     run = wandb.init(project=args.wandb_project, entity=args.wandb_entity, group=group, name=folder.name,
                      config=dataclasses.asdict(args), dir=str(folder), save_code=True)  # fmt: skip
     run.define_metric("*", step_metric="step")
+    (folder / "wandb.json").write_text(json.dumps(dict(id=run.id, project=args.wandb_project, entity=args.wandb_entity)) + "\n")
     return run
 
 
@@ -1531,13 +1651,16 @@ def distil(args):
     data = load_data(args, tokenizer)
     print(f"{args.method} on {hw.device} in {str(hw.dtype).removeprefix('torch.')}: "
           + ", ".join(f"{len(data[split])} {split}" for split in ("train", "dev", "test")) + " rows")  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-    report = Report(folder, start_wandb(args, folder) if args.track else None)
+    if args.benchmark:
+        report = Report(None)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        report = Report(folder, start_wandb(args, folder) if args.track else None)
 
     teacher_source, teacher_s = warm_start(args, "teacher", data, tokenizer, hw, report)
     student_source, student_s = warm_start(args, "student", data, tokenizer, hw, report)
-    teacher = load_model(teacher_source, "teacher", args, hw.dtype).requires_grad_(False).to(hw.device)
+    teacher = load_model(teacher_source, "teacher", args, hw.dtype, dropout=False).requires_grad_(False).to(hw.device)
     student = load_model(student_source, "student", args, torch.float32).to(hw.device)
     check_length(teacher, "teacher", args), check_length(student, "student", args)
     vocabs = [head_rows(model) for model in (teacher, student)]
@@ -1554,6 +1677,15 @@ def distil(args):
         data["train"], writing_s = teacher_text(args, teacher, teacher_source, data["train"], tokenizer, vocab, hw)
     if args.teacher_moves:
         teacher = add_online_module(teacher, args)
+    if args.cache_teacher_trunk:
+        data["train"] = cache_trunk(args, teacher, teacher_source, data["train"], tokenizer, hw)
+    if args.gradient_checkpointing:
+        recompute_activations(student, teacher)
+    if args.compile:
+        for block in (*transformer_blocks(student), *transformer_blocks(teacher)):
+            block.compile(dynamic=True)
+    if args.benchmark:
+        return print_benchmark(args, student, teacher, data, tokenizer, vocab, hw, report)
     steps = count_steps(args, len(data["train"]), args.epochs)
     result = train(args, "distil", student, teacher, data, tokenizer, vocab, hw, report, args.lr, steps, args.seed)
     result["sampling_s"] += writing_s
@@ -1601,6 +1733,58 @@ def summarize(args, folder, report, scores, result, seconds, test):
         report.wandb_run.summary.update(final | {f"dev/{k}": v for k, v in last.items()})
         report.wandb_run.finish()
     print(f"run: {folder}")
+
+
+def print_benchmark(args, student, teacher, data, tokenizer, vocab, hw, report, warmup=3):
+    """Time --benchmark steps, reports included, and print what they cost."""
+    peak, steps = matmul_peak(hw), warmup + args.benchmark
+    result = train(args, "benchmark", student, teacher, data, tokenizer, vocab, hw, report, args.lr, steps, args.seed)
+    steps, clock = result["timed"][warmup:], [end for _, end in result["timed"]]
+    seconds = sorted(b - a for a, b in zip(clock[warmup - 1 :], clock[warmup:]))
+    total = clock[-1] - clock[warmup - 1]
+    tokens, responses = (sum(sum(map(size, rows)) for rows, _ in steps) for size in (len, lambda row: len(row.response_ids)))
+    flops = sum(step_flops(args, student, teacher, rows) for rows, _ in steps) / total
+    lines = dict(method=args.method, steps=len(steps), tokens_per_s=round(tokens / total, 1), response_tokens_per_s=round(responses / total, 1),
+                 step_s_median=round(seconds[len(seconds) // 2], 4), step_s_min=round(seconds[0], 4), step_s_max=round(seconds[-1], 4),
+                 sampling_s=round(result["sampling_s"], 2), peak_memory_gb=round(hw.peak_memory() / 1e9, 3), gflops=round(flops / 1e9, 2),
+                 matmul_peak_gflops=round(peak / 1e9, 2), share_of_peak=round(flops / peak, 3))  # fmt: skip
+    print(json.dumps(lines))
+
+
+def step_flops(args, student, teacher, rows):
+    """Model FLOPs that one step needs, sampling, reports, optimizer and padding not counted.
+
+    Forward: 2 per weight of the blocks and token, 2 layers width T^2 of causal attention per row, 2 width V of the head per
+    response token. The student's backward is twice its forward; the moving teacher's, whose weights get no gradient, once
+    the forward of the layers under its module."""
+
+    def forward(model, depth=1.0):
+        weights = sum(p.numel() for name, p in transformer_blocks(model).named_parameters() if p.ndim == 2 and "lora_" not in name)
+        layers, width = len(transformer_blocks(model)), model.get_output_embeddings().weight.shape[1]
+        trunk = sum(2 * weights * len(row) + 2 * layers * width * len(row) ** 2 for row in rows)
+        return depth * trunk + sum(2 * width * head_rows(model) * len(row.response_ids) for row in rows)
+
+    flops = 3 * forward(student)
+    if args.student_ce_weight < 1 or args.teacher_moves:
+        flops += forward(teacher)
+    if args.teacher_moves:
+        flops += forward(teacher, (args.lora_top_layers or len(transformer_blocks(teacher))) / len(transformer_blocks(teacher)))
+        if args.anchor:
+            flops += forward(teacher)
+    return flops
+
+
+def matmul_peak(hw):
+    """FLOP/s of a large square matmul in the run's precision: what this machine can do."""
+    n, best = 8192 if hw.device.type == "cuda" else 2048, math.inf
+    a = torch.randn(n, n, device=hw.device).to(hw.dtype)
+    for _ in range(6):
+        hw.synchronize()
+        start = time.perf_counter()
+        a @ a
+        hw.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
 
 
 def times_of(seconds, result):

@@ -27,6 +27,7 @@ import okd
 ROOT = pathlib.Path(__file__).parent
 CPU = okd.Hardware(torch.device("cpu"), torch.float32)
 torch.set_num_threads(2)
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # between peft and transformers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tiny models and data
@@ -484,6 +485,125 @@ def test_chunks_give_the_plain_losses_and_gradients_of_both_networks(family, nam
         assert got.keys() == want.keys()
         for key in want:
             torch.testing.assert_close(got[key], want[key], atol=1e-10, rtol=1e-7, msg=key)
+
+
+def test_a_single_token_response_is_one_position(examples, float64_head):
+    model, row = tiny(dtype=torch.float64), okd.with_response(examples[0], [1], 96)
+    batch = okd.collate([row, examples[1]], 1)
+    assert len(batch.labels) == 1 + len(examples[1].response_ids)
+    torch.testing.assert_close(okd.head(model, okd.hidden_states(model, batch), 384), plain_logits(model, batch), atol=1e-10, rtol=1e-8)
+
+
+def test_micro_batches_hold_to_tokens_and_rows_and_lose_none(examples):
+    args = tiny_args(micro_batch_tokens=100, micro_batch_size=3)
+    pieces = okd.micro_batches(examples, args)
+    assert sorted(id(row) for piece in pieces for row in piece) == sorted(map(id, examples))
+    assert all(len(piece) <= 3 and len(piece) * max(map(len, piece)) <= 100 for piece in pieces)
+    assert okd.micro_batches([], args) == []
+    assert [len(piece) for piece in okd.micro_batches(examples[:3], tiny_args(micro_batch_tokens=1))] == [1, 1, 1]
+
+
+def test_no_tensor_holds_more_logits_than_a_chunk(examples, monkeypatch):
+    """The largest live (..., V) tensor, counted and not timed: not the whole batch's, in either network, forward or backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    vocab, rows, seen = 1000, 5, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for value in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(value, torch.Tensor) and value.shape[-1:] == (vocab,) and value.shape != (32, vocab):  # the head's weight
+                    seen.append(value.numel())
+            return result
+
+    monkeypatch.setattr(okd, "CHUNK_ELEMENTS", vocab * rows)
+    args, batch = tiny_args(), okd.collate(examples[:4], 0)
+    student = tiny(seed=1, vocab_size=vocab, **NO_DROPOUT)
+    teacher = okd.add_online_module(tiny(seed=2, vocab_size=vocab).requires_grad_(False), args)
+
+    def losses(p0, p, q, labels, rollout):
+        return dict(student_loss=okd.jsd(p.detach(), q), teacher_loss=okd.teacher_loss(p, q, p0, labels, 1.0, 0.5, 0.3, "qp", 1.0))
+
+    with Watch():
+        okd.run_batch(student, teacher, batch, vocab, CPU, losses, lambda total: total.backward(), True, True, True)
+    assert len(batch.labels) > 4 * rows and max(seen) == vocab * rows
+
+
+def test_gradient_checkpointing_changes_no_gradient(examples):
+    """Also the moving teacher's, which has to be in train mode for it: its dropout is 0."""
+    found = []
+    for recompute in (False, True):
+        args = tiny_args()
+        student, teacher = tiny(seed=1, **NO_DROPOUT), tiny(seed=2, **NO_DROPOUT).requires_grad_(False)
+        teacher = okd.add_online_module(teacher, args)
+        for name, parameter in teacher.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.05)
+        if recompute:
+            okd.recompute_activations(student.train(), teacher)
+            assert teacher.training
+        losses = lambda p0, p, q, labels, rollout: dict(  # noqa: E731
+            student_loss=okd.fkl(p.detach(), q), teacher_loss=okd.cross_entropy(p, labels))  # fmt: skip
+        okd.run_batch(student, teacher, okd.collate(examples[:4], 0), 384, CPU, losses, lambda total: total.backward(), True)
+        found.append((gradients(student), gradients(teacher)))
+    for plain, recomputed in zip(*found):
+        assert plain.keys() == recomputed.keys()
+        for name in plain:
+            torch.testing.assert_close(plain[name], recomputed[name])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_the_cached_trunk_gives_the_losses_and_gradients_of_the_full_forward(family, examples, tokenizer, tmp_path, capsys):
+    args = tiny_args(lora_top_layers=2, cache_dir=str(tmp_path), cache_teacher_trunk=True)
+    student, teacher = tiny(family, 1), okd.add_online_module(tiny(family, 2).requires_grad_(False), args)
+    for name, parameter in teacher.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    rows = okd.cache_trunk(args, teacher, "t", examples, tokenizer, CPU)
+    size = sum(map(len, examples)) * 32 * 4
+    assert f"{size / 1e9:.2f} GB, written" in capsys.readouterr().out
+    (path,) = tmp_path.glob("trunk-*.bin")
+    assert path.stat().st_size == size
+    blocks, lowest, calls = *okd.moving_block(teacher), []
+    assert lowest == 2
+    losses = lambda p0, p, q, labels, rollout: dict(  # noqa: E731
+        student_loss=okd.fkl(p.detach(), q), teacher_loss=okd.teacher_loss(p, q, p0, labels, 1.0, 0.5, 0.3, "qp", 1.0))  # fmt: skip
+    found = []
+    watch = blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for part in (examples[5:9], rows[5:9]):
+        student.zero_grad(), teacher.zero_grad(), calls.clear()
+        sums = okd.run_batch(student, teacher, okd.collate(part, 0), 384, CPU, losses, lambda total: total.backward(), True, True, True)
+        found.append((sums, gradients(teacher), gradients(student), len(calls)))
+    watch.remove()
+    assert found[0][3] == 2 and found[1][3] == 0  # the lowest block ran for p_f and p_0, and then for neither
+    for plain, cached in zip(found[0][:3], found[1][:3]):
+        assert plain.keys() == cached.keys() and len(plain) > 5
+        for name in plain:
+            torch.testing.assert_close(cached[name], plain[name], atol=1e-5, rtol=1e-4, msg=name)
+    okd.cache_trunk(args, teacher, "t", examples, tokenizer, CPU)
+    assert "kept" in capsys.readouterr().out
+
+
+def test_a_cached_trunk_that_is_not_the_models_is_refused(examples, tokenizer, tmp_path):
+    args = tiny_args(lora_top_layers=2, cache_dir=str(tmp_path), cache_teacher_trunk=True)
+    teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
+    okd.cache_trunk(args, teacher, "t", examples, tokenizer, CPU)
+    (path,) = tmp_path.glob("trunk-*.bin")
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(okd.UserError, match="differ from a full forward"):
+        okd.cache_trunk(args, teacher, "t", examples, tokenizer, CPU)
+    args.lora_top_layers = 4
+    with pytest.raises(okd.UserError, match="leaves no layer below it"):
+        okd.cache_trunk(args, okd.add_online_module(tiny(seed=2).requires_grad_(False), args), "t", examples, tokenizer, CPU)
+
+
+def test_the_teacher_is_loaded_without_dropout(folders):
+    path = folders / "gpt2" / "teacher"
+    args = tiny_args()
+    rates = lambda model: {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}  # noqa: E731
+    assert rates(okd.load_model(str(path), "student", args, torch.float32)) == {0.1}
+    assert rates(okd.load_model(str(path), "teacher", args, torch.float32, dropout=False)) == {0.0}
 
 
 def test_padding_changes_nothing(examples, float64_head):
@@ -1097,6 +1217,48 @@ def test_zero_epochs_skip_both_warm_starts(folders, jsonl, tmp_path, capsys):
     assert code == 0 and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("method", ["fkl", "okd", "gkd"])
+def test_benchmark_prints_speed_and_keeps_nothing(method, folders, jsonl, tmp_path, capsys):
+    code, out, err = run(capsys, *small_flags(folders, jsonl, tmp_path), "--benchmark", "3", "--method", method, "--lora-top-layers", "2")
+    assert code == 0, err
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["steps"] == 3 and figures["step_s_min"] <= figures["step_s_median"] <= figures["step_s_max"]
+    assert 0 < figures["response_tokens_per_s"] < figures["tokens_per_s"] and figures["peak_memory_gb"] > 0
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_flops_against_a_count_by_hand(examples):
+    rows = examples[:2]
+    tokens, responses = sum(map(len, rows)), sum(len(row.response_ids) for row in rows)
+    blocks = 4 * (32 * 96 + 32 * 32 + 2 * 32 * 128)  # attention in, attention out, the two layers of the MLP
+    attention = sum(2 * 4 * 32 * len(row) ** 2 for row in rows)
+    forward = 2 * blocks * tokens + attention + 2 * 384 * 32 * responses
+    half = (2 * blocks * tokens + attention) / 2 + 2 * 384 * 32 * responses
+    student, teacher = tiny(seed=1), tiny(seed=2).requires_grad_(False)
+    assert okd.step_flops(tiny_args(method="sft"), student, None, rows) == 3 * forward
+    assert okd.step_flops(tiny_args(method="fkl"), student, teacher, rows) == 4 * forward
+    args = tiny_args(method="okd", lora_top_layers=2)
+    assert okd.step_flops(args, student, okd.add_online_module(teacher, args), rows) == 4 * forward + half
+
+
+def test_compile_reaches_the_blocks_and_changes_no_number(folders, jsonl, tmp_path, capsys, monkeypatch):
+    compiled, original = [], torch.nn.Module.compile
+
+    def eager(self, **options):  # the graph is captured and run without a C++ compiler
+        compiled.append(type(self).__name__)
+        original(self, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    losses = []
+    for i, flags in enumerate([(), ("--compile",)]):
+        code, _, err = run(capsys, *small_flags(folders, jsonl, tmp_path, "llama"), "--output-dir", tmp_path / f"run{i}", "--log-every", "1", *flags)
+        assert code == 0, err
+        lines = [json.loads(line) for line in (tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["train/student_loss"] for line in lines if line["phase"] == "distil" and "train/student_loss" in line])
+    assert compiled == ["LlamaDecoderLayer"] * 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def bad(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
@@ -1133,6 +1295,8 @@ BAD_FLAGS = [
     (["--mu", "nan"], "--mu is nan"),
     (["--teacher-ce-weight", "0"], "--lam > 0 with neither --teacher-ce-weight nor --anchor"),
     (["--lam", "0", "--teacher-ce-weight", "0"], "are all 0"),
+    (["--cache-teacher-trunk"], "--cache-teacher-trunk needs a moving teacher with --lora-top-layers k"),
+    (["--cache-teacher-trunk", "--lora-top-layers", "2", "--text", "student"], "needs text that stays the same"),
     (["--batch-size", "0"], "--batch-size is 0; it must lie in [1, inf)"),
     (["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
     (["--teacher", "./no/such/folder"], "no model folder ./no/such/folder"),
@@ -1256,9 +1420,11 @@ def test_results_lie_beside_the_checkpoint(tmp_path):
     run_folder, plain = tmp_path / "runs" / "a", tmp_path / "model"
     (run_folder / "student").mkdir(parents=True), plain.mkdir()
     (run_folder / "args.json").write_text("{}")
-    assert okd_eval.results_path(str(run_folder)) == okd_eval.results_path(str(run_folder / "student")) == run_folder / "results.json"
-    assert okd_eval.results_path(str(plain)) == plain / "results.json"
-    assert okd_eval.results_path("org/name") == pathlib.Path("results/org/name/results.json")
+    (plain / "config.json").write_text("{}"), (run_folder / "student" / "config.json").write_text("{}")
+    path = lambda checkpoint: okd_eval.results_path(str(checkpoint), okd_eval.Args(()))  # noqa: E731
+    assert path(run_folder) == path(run_folder / "student") == run_folder / "results.json"
+    assert path(plain) == plain / "results.json"
+    assert path("org/name") == pathlib.Path("results/org/name/results.json")
 
 
 def test_the_six_gram_ban_holds_over_prompt_and_answer(tokenizer):
@@ -1272,8 +1438,11 @@ def test_the_six_gram_ban_holds_over_prompt_and_answer(tokenizer):
 
 
 def test_long_prompts_lose_their_beginning_and_are_counted(tokenizer):
-    prompts, references, cut = okd_eval.prompts_of([(1, dict(prompt="abcdef", response="x")), (2, dict(prompt="ab", response="y"))], tokenizer, "s", 4)
-    assert [tokenizer.decode(ids) for ids in prompts] == ["cdef", "ab"] and references == [["x"], ["y"]] and cut == 1
+    rows = [(1, dict(prompt="abcdef", response="x")), (2, dict(prompt="ab", response=["y", "z"]))]
+    examples, cut = okd_eval.examples_of(rows, tokenizer, "s", 4)
+    assert [tokenizer.decode(e.prompt_ids) for e in examples] == ["cdef", "ab"] and cut == 1
+    assert [e.references for e in examples] == [["x"], ["y", "z"]]
+    assert [e.response_ids for e in examples] == [[123, 1], [124, 1]]  # gold text and EOS
 
 
 BAD_EVAL = [
