@@ -8,6 +8,7 @@
 #     "wandb==0.31.0",
 #     "rouge-score==0.1.2",
 #     "pytest==9.2.0",
+#     "matplotlib==3.11.2",
 # ]
 # ///
 """Online Knowledge Distillation for autoregressive language models, in one file.

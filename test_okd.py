@@ -1463,3 +1463,131 @@ def test_bad_eval_flags_are_one_line_and_exit_2(flags, message, folders, jsonl, 
 def test_a_missing_checkpoint_is_one_line_and_exit_2(jsonl, capsys):
     code, _, err = run_eval(capsys, "./no/such/run", "--data", jsonl)
     assert code == 2 and "no model folder ./no/such/run" in err and err.count("\n") == 1
+
+
+def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_done_again(folders, jsonl, tmp_path, capsys, monkeypatch):
+    checkpoint = tmp_path / "model"
+    tiny("gpt2", 7).save_pretrained(checkpoint)
+    okd.load_tokenizer("demo", okd.Args()).save_pretrained(checkpoint)
+    flags = [checkpoint, "--data", jsonl, "--limit", "10", "--max-new-tokens", "5", "--seeds", "1", "--batch-size", "4"]
+    assert run_eval(capsys, *flags)[0] == 0
+    (path,), first = (checkpoint / "generations").glob("*.jsonl"), (checkpoint / "results.json").read_text()
+    unbroken = okd_eval.read_lines(path)
+    calls, original = [], okd.generate
+    monkeypatch.setattr(okd, "generate", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
+    assert run_eval(capsys, *flags)[0] == 0 and not calls
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(lines[:4]) + lines[4][:20])  # killed while the second of three batches was written
+    (checkpoint / "results.json").unlink()
+    assert run_eval(capsys, *flags)[0] == 0
+    assert sum(calls) == 6  # rows 5 to 10 of the order, the four that were whole not again
+    by_row = lambda records: sorted(records, key=lambda record: record["row"])  # noqa: E731
+    assert by_row(okd_eval.read_lines(path)) == by_row(unbroken)
+    again = json.loads((checkpoint / "results.json").read_text())
+    assert [r["scores"] for r in again] == [r["scores"] for r in json.loads(first)]
+
+
+def test_token_metrics_against_numbers_by_hand():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64), torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
+    metrics = {name: value.item() for name, value in okd_eval.token_metrics(p.log(), q.log()).items()}
+    assert metrics["fkl"] == pytest.approx(0.25 * math.log(2)) and metrics["rkl"] == pytest.approx(0.25 * math.log(2))
+    assert metrics["tvd"] == pytest.approx(0.25) and metrics["top1_agreement"] == 0
+    assert metrics["teacher_entropy"] == pytest.approx(1.5 * math.log(2)) and metrics["entropy_gap"] == pytest.approx(0)
+    assert metrics["top5_overlap"] == 1 and metrics["top5_mass"] == pytest.approx(1) and metrics["tail_mass"] == pytest.approx(0)
+    p = torch.full((1, 100), 0.0, dtype=torch.float64)
+    p[0, :5], q = 9.0, p.flip(1)
+    metrics = {name: value.item() for name, value in okd_eval.token_metrics(p, q).items()}
+    share = math.exp(9) / (5 * math.exp(9) + 95)
+    assert metrics["top5_overlap"] == 0 and metrics["top5_mass_teacher"] == pytest.approx(5 * share)
+    assert metrics["top5_mass"] == pytest.approx(5 * share / math.exp(9))
+
+
+def test_texts_are_measured_at_the_right_tokens_and_in_order(examples, tokenizer):
+    student, teacher = tiny(seed=1), tiny(seed=2)
+    found = okd_eval.measure_texts(student, teacher, tokenizer, examples[:7], CPU, tokens=60)
+    for row, values in zip(examples[:7], found):
+        batch = okd.collate([row], 0)
+        torch.testing.assert_close(values["fkl"], okd.fkl(plain_logits(teacher, batch), plain_logits(student, batch)).detach(), atol=1e-5, rtol=1e-4)
+    means = okd_eval.summary(found)
+    assert means["tokens"] == sum(bin["tokens"] for bin in means["by_teacher_entropy"]) == sum(len(e.response_ids) for e in examples[:7])
+
+
+def test_excess_error_of_known_errors():
+    own, oracle = [torch.full((12,), 2.0), torch.full((30,), 2.0)], [torch.full((25,), 1.0)]
+    assert okd_eval.excess_error(own, oracle) == {10: pytest.approx(100.0), 25: pytest.approx(100.0)}
+    assert okd_eval.excess_error(own, own)[10] == pytest.approx(0.0)
+
+
+def test_bootstrap_on_known_cases():
+    assert okd_eval.bootstrap([[1.5] * 20, [1.5] * 20]) == (1.5, 1.5, 1.5)
+    mean, low, high = okd_eval.bootstrap([[(-1.0) ** i for i in range(400)]])
+    assert mean == 0 and low == pytest.approx(-2 / 20, abs=0.02) and high == pytest.approx(2 / 20, abs=0.02)  # 1.96 / sqrt(400)
+
+
+def made_up_run(root, method, seed, scores, lr=1e-4):
+    """A run folder with a score per row, as okd.py and eval.py would leave it -> (folder, its results)."""
+    folder = root / f"{method}-{seed}-{lr}"
+    (folder / "student").mkdir(parents=True), (folder / "generations").mkdir()
+    (folder / "student" / "config.json").write_text("{}")
+    (folder / "args.json").write_text(json.dumps(dict(method=method, seed=seed, lr=lr)))
+    lines = [dict(phase="distil", step=0, **{"dev/fkl": 2.0}), dict(phase="distil", step=9, **{"dev/fkl": 1.0 / (seed + 1)}),
+             dict(phase="distil", step=9, **{"train/tokens_per_s": 100.0, "train/peak_memory_gb": 2.5}),
+             dict(phase="final", step=0, **{"time/distil_s": 10.0 + seed, "time/sampling_s": 4.0})]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = [dict(row=row, score=score, prompt="p", reference="r", output="o") for row, score in enumerate(scores)]
+    (folder / "generations" / "g.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(folder), [dict(key="k", data="d", rouge_l=sum(scores) / len(scores), std=None, generations=["g.jsonl"], rows=len(scores), protocol={})]
+
+
+def test_comparison_of_made_up_runs(tmp_path):
+    runs = dict([made_up_run(tmp_path, "fkl", 1, [10.0, 20.0, 30.0, 40.0]), made_up_run(tmp_path, "fkl", 2, [12.0, 22.0, 32.0, 42.0]),
+                 made_up_run(tmp_path, "okd", 1, [15.0, 25.0, 35.0, 45.0]), made_up_run(tmp_path, "okd", 2, [17.0, 27.0, 37.0, 47.0]),
+                 made_up_run(tmp_path, "rkl", 1, [9.0, 21.0, 29.0, 41.0]), made_up_run(tmp_path, "rkl", 1, [0.0] * 4, lr=1.0)])  # fmt: skip
+    args = okd_eval.Args((), data=("d",), baseline="fkl", output_dir=str(tmp_path / "out"))
+    markdown, comparison = okd_eval.compare(args, runs)
+    rows = {entry["method"]: entry for entry in comparison}
+    assert list(rows) == ["fkl", "okd", "rkl lr=0.0001", "rkl lr=1.0"]
+    assert rows["fkl"]["rouge_l"] == 26 and rows["fkl"]["std_training"] == pytest.approx(math.sqrt(2)) and rows["fkl"]["seconds"] == 11.5
+    assert rows["okd"]["interval"] == [5, 5] and rows["okd"]["distinguishable"] and rows["okd"]["paired_seeds"] == [1, 2]
+    assert rows["rkl lr=0.0001"]["difference"] == 0 and not rows["rkl lr=0.0001"]["distinguishable"]
+    assert markdown.count("not distinguishable") == 1 and rows["fkl"]["peak_memory_gb"] == 2.5
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.md", "comparison.json", "comparison.png"}
+    with pytest.raises(okd.UserError, match="no such method among the runs"):
+        okd_eval.compare(dataclasses.replace(args, baseline="gkd"), runs)
+
+
+def test_a_run_and_its_adapted_teacher_are_scored_compared_and_shown(folders, jsonl, tmp_path, capsys):
+    code, _, err = run(capsys, *small_flags(folders, jsonl, tmp_path))
+    assert code == 0, err
+    flags = ["--data", jsonl, "--limit", "4", "--greedy", "--max-new-tokens", "5", "--output-dir", tmp_path / "out", "--show", "1"]
+    code, out, err = run_eval(capsys, tmp_path / "run", tmp_path / "run" / "teacher_lora", *flags, "--teacher", folders / "gpt2" / "teacher")
+    assert code == 0, err
+    (result,) = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(result["distribution"]) == {"teacher", "gold", "own", "excess_error_percent"}
+    assert result["distribution"]["gold"]["fkl"] > 0 and "excess accumulated error" in out and "reference:" in out
+    (adapted,) = json.loads((tmp_path / "run" / "teacher_lora" / "results.json").read_text())
+    assert adapted["distribution"]["gold"]["fkl"] < result["distribution"]["gold"]["fkl"]  # it is still close to the teacher
+    code, out, err = run_eval(capsys, tmp_path / "run", "--compare", *flags)
+    assert code == 0 and "| okd | 1 |" in out, err
+    assert (tmp_path / "out" / "comparison.md").exists()
+
+
+DAMAGE = [
+    ("results.json", "{oops", "results.json is damaged"),
+    ("args.json", "{oops", "args.json or metrics.jsonl is missing, damaged or unfinished"),
+    ("metrics.jsonl", "", "args.json or metrics.jsonl is missing, damaged or unfinished"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", DAMAGE)
+def test_damaged_run_folders_are_one_line_and_exit_2(name, content, message, tmp_path, jsonl, capsys):
+    folder, _ = made_up_run(tmp_path, "fkl", 1, [1.0])
+    (pathlib.Path(folder) / name).write_text(content)
+    code, _, err = run_eval(capsys, folder, "--data", jsonl, "--compare")
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_run_that_has_not_ended_is_one_line_and_exit_2(tmp_path, jsonl, capsys):
+    (tmp_path / "args.json").write_text("{}")
+    code, _, err = run_eval(capsys, tmp_path, "--data", jsonl)
+    assert code == 2 and "is a run without a student" in err and err.count("\n") == 1
