@@ -1498,8 +1498,9 @@ def write_folder(folder, *savers):
 
 
 def fingerprint(name):
-    """A model's name and, of a local folder, the state of its files."""
+    """A model's name and, of a local folder, the state of its weights, configs and tokenizer, not of results kept beside them."""
     files = sorted(pathlib.Path(name).iterdir()) if os.path.isdir(name) else []
+    files = [file for file in files if file.suffix == ".safetensors" or re.search("config|tokenizer", file.name)]
     return [name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
 
 

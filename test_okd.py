@@ -1495,7 +1495,8 @@ def test_token_metrics_against_numbers_by_hand():
     assert metrics["teacher_entropy"] == pytest.approx(1.5 * math.log(2)) and metrics["entropy_gap"] == pytest.approx(0)
     assert metrics["top5_overlap"] == 1 and metrics["top5_mass"] == pytest.approx(1) and metrics["tail_mass"] == pytest.approx(0)
     p = torch.full((1, 100), 0.0, dtype=torch.float64)
-    p[0, :5], q = 9.0, p.flip(1)
+    p[0, :5] = 9.0
+    q = p.flip(1)
     metrics = {name: value.item() for name, value in okd_eval.token_metrics(p, q).items()}
     share = math.exp(9) / (5 * math.exp(9) + 95)
     assert metrics["top5_overlap"] == 0 and metrics["top5_mass_teacher"] == pytest.approx(5 * share)
