@@ -564,6 +564,10 @@ class Hardware:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def reset_peak_memory(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def peak_memory(self):
         """Bytes: the allocator's peak on a GPU, the process's peak resident size elsewhere."""
         if self.device.type == "cuda":
@@ -711,8 +715,12 @@ def module_off(teacher):
         yield teacher
 
 
+def without_peft(model):
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
 def decoder_of(model):
-    return (model.get_base_model() if isinstance(model, peft.PeftModel) else model).get_decoder()
+    return without_peft(model).get_decoder()
 
 
 def head_rows(model):
@@ -1096,8 +1104,9 @@ def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sampl
         max_new_tokens=int(min(max_new_tokens, room)), do_sample=sample, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_p=1.0, top_k=0) if sample else {}) | options,
     )  # fmt: skip
-    was_training, responses = model.training, [None] * len(prompts)
-    model.eval()
+    modes, responses = [(network, network.training) for network in (model, teacher) if network is not None], [None] * len(prompts)
+    for network, _ in modes:
+        network.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # out of memory at once or never
     devices = [hw.device] if hw.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), hw.autocast():
@@ -1116,7 +1125,8 @@ def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sampl
             for i, ids in zip(rows, output[:, width:].tolist()):
                 end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
                 responses[i] = ids[:end]
-    model.train(was_training)
+    for network, was_training in modes:
+        network.train(was_training)
     return responses
 
 
@@ -1171,7 +1181,7 @@ class NextTokens(transformers.LogitsProcessor):
         if self.teacher is not None:
             self.mask = F.pad(self.mask, (0, input_ids.size(1) - self.mask.size(1)), value=1)
             inputs = dict(input_ids=input_ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            if "position_ids" in inspect.signature(self.teacher.forward).parameters:  # not with ALiBi
+            if "position_ids" in inspect.signature(without_peft(self.teacher).forward).parameters:  # not with ALiBi
                 inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)
             if self.cache is not None:
                 inputs |= {name: inputs[name][:, -1:] for name in ("input_ids", "position_ids") if name in inputs}
@@ -1332,6 +1342,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
 
     Same batches, schedule and optimizer for every method. -> what the run's table shows."""
     device = hw.device
+    hw.reset_peak_memory()  # that of a warm start is not this training's
     student.train()  # the teacher stays in eval mode: a dropped-out teacher would be another teacher every step
     optimizers = {"student": (student, adamw(student, lr, args.weight_decay, hw))}
     if args.teacher_moves:
@@ -1353,7 +1364,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
         text.validated(first_dev["student_ce"])
         evaluation_s += time.perf_counter() - start
         report(phase, 0, {f"dev/{name}": value for name, value in first_dev.items()})
-    window, window_tokens, window_steps, window_start = Counter(), 0, 0, time.perf_counter()
+    window, times_seen, window_tokens, window_steps, window_start = Counter(), Counter(), 0, 0, time.perf_counter()
     timed = []  # (rows, seconds of the step so far) for --benchmark
     bar = tqdm(range(steps), desc=phase, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
@@ -1395,6 +1406,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
                 group["lr"] = rate
             scaler.unscale_(optimizer)
             trainable = [p for p in model.parameters() if p.requires_grad]
+            times_seen[f"{name}_grad_norm"] += 1
             window[f"{name}_grad_norm"] += torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -1405,11 +1417,12 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
         # Report. Between reports nothing is read back from the device, so a GPU is never waited for.
         for name, value in sums.items():
             window[name] += value / tokens
+        times_seen.update(sums.keys())  # the teacher's terms may be there on every n-th step only
         window_tokens, window_steps = window_tokens + sum(map(len, examples)), window_steps + 1
         if look:
             hw.synchronize()
             seconds = time.perf_counter() - window_start
-            metrics = {name: float(value) / window_steps for name, value in window.items()}
+            metrics = {name: float(value) / times_seen[name] for name, value in window.items()}
             metrics |= {name: float(value) / tokens for name, value in looked.items()}
             metrics |= dict(lr=learning_rate(step, steps, lr, args.warmup), tokens_per_s=window_tokens / seconds,
                             step_s=seconds / window_steps, peak_memory_gb=hw.peak_memory() / 1e9)  # fmt: skip
@@ -1432,7 +1445,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             hw.synchronize()
             timed.append((examples, time.perf_counter()))
         if look:  # the clock of the next window starts after the looks at the dev rows
-            window, window_tokens, window_steps, window_start = Counter(), 0, 0, time.perf_counter()
+            window, times_seen, window_tokens, window_steps, window_start = Counter(), Counter(), 0, 0, time.perf_counter()
     bar.close()
     student.eval()
     return dict(seconds=time.perf_counter() - start - evaluation_s, sampling_s=text.sampling_s, timed=timed, first_dev=first_dev, last_dev=last_dev)
@@ -1715,7 +1728,10 @@ def summarize(args, folder, report, scores, result, seconds, test):
     show = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"  # noqa: E731
     rows = [(row, show(rouge[row], 2), show(dev_ce[row], 3), show(dev_fkl[row], 3), show(times[row], 1), show(sampling[row], 1)) for row in times]
     print("\n" + format_table(("", "Rouge-L", "dev CE", "dev KL(p_0||q)", "training s", "of it sampling"), rows))
-    print(f"Rouge-L: greedy, {len(test)} test rows. Scoring took {seconds['scoring']:.1f} s; 0.0 s of training: found in the cache or not asked for.")
+    if scores:
+        print(f"Rouge-L: greedy, {len(test)} test rows; scoring took {seconds['scoring']:.1f} s.")
+    if 0.0 in times.values():
+        print("0.0 s of training: found in the cache, or not asked for.")
     final = dict(rouge_l_teacher=rouge["teacher"], rouge_l_warm_start=rouge["student, warm start"], rouge_l=rouge[name])
     if scores:
         gain, gap = rouge[name] - rouge["student, warm start"], rouge["teacher"] - rouge["student, warm start"]

@@ -691,6 +691,18 @@ def test_the_module_steps_on_every_nth_batch(examples, tokenizer, every, moves, 
     assert sum(not torch.equal(a, b) for a, b in zip(seen, seen[1:])) == moves
 
 
+def test_a_reported_teacher_loss_is_the_mean_over_the_steps_that_have_one(examples, tokenizer):
+    lines = {}
+    for log_every in (1, 4):
+        args, lines[log_every] = tiny_args(method="okd", update_teacher_every=2, log_every=log_every), []
+        teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
+        train_tiny(args, tiny(seed=1), teacher, examples, tokenizer, steps=4,
+                   report=lambda phase, step, metrics, bar=None, kept=lines[log_every]: kept.append(metrics))  # fmt: skip
+    for name, steps in (("train/teacher_loss", 2), ("train/teacher_grad_norm", 2), ("train/student_loss", 4)):
+        values = [line[name] for line in lines[1] if name in line]
+        assert len(values) == steps and lines[4][0][name] == pytest.approx(sum(values) / steps, rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["sft", "okd"])
 def test_the_split_into_micro_batches_changes_nothing(examples, tokenizer, method):
     """One batch of eight ragged rows gives the gradient of four of two, of both networks."""
@@ -1071,10 +1083,12 @@ def test_policy_loss_clips_the_ratio_times_the_weight_pessimistically():
     assert [bool(row.abs().sum() > 0) for row in z.grad] == [False, True, True, False]
 
 
+@pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_mixture_sampling_uses_p_and_q_of_plain_forwards_at_every_token(family):
+def test_mixture_sampling_uses_p_and_q_of_plain_forwards_at_every_token(family, with_lora):
     """Left-padded, cached, two prompts at once, against one unpadded forward for every prefix."""
     student, teacher = tiny(family, 1), tiny(family, 2)
+    teacher = okd.add_online_module(teacher, tiny_args()) if with_lora else teacher
     prompts, new = [[70, 71, 72, 73, 74], [80, 81]], [[90, 91, 92], [93, 94, 95]]
     attention = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
     processor = okd.NextTokens(380, teacher, attention)
