@@ -43,6 +43,7 @@ SETS = {
 
 
 @dataclass
+@okd.documented
 class Args:
     """Score checkpoints with Rouge-L; print the protocol, one table, and write results.json beside each checkpoint."""
 

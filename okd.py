@@ -28,6 +28,7 @@ The method is OKD (Rao et al. 2024, arXiv:2409.12512). This is a reconstruction 
 losses, weights and ranks were not available, so every symbol above is a flag and no number of the paper is claimed.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -45,7 +46,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -69,7 +70,18 @@ MethodName = Literal["sft", "fkl", "rkl", "frkl", "jsd", "tvd", "sfkl", "srkl", 
                      "distillm", "minillm", "okd"]  # fmt: skip
 
 
+def documented(cls):
+    """Class decorator: the docstring under a field becomes its --help, on one line (tyro would keep the breaks)."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    for field, text in zip(body, body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            name, on_one_line = field.target.id, " ".join(text.value.value.split())
+            cls.__annotations__[name] = Annotated[cls.__annotations__[name], tyro.conf.arg(help=on_one_line)]
+    return cls
+
+
 @dataclass
+@documented
 class Args:
     """Distil a teacher language model into a student: online knowledge distillation and its baselines.
 
