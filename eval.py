@@ -10,13 +10,11 @@ distribution, no 6-gram twice, 256 new tokens, the mean over five decoding seeds
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import pathlib
 import random
-import re
 import statistics
 import sys
 import time
@@ -121,6 +119,11 @@ def protocol_of(args):
                 max_new_tokens=args.max_new_tokens, max_prompt_length=args.max_prompt_length)  # fmt: skip
 
 
+def decoding_seeds(args):
+    """One pass per seed; the single greedy pass has none."""
+    return [None] if args.greedy else list(args.seeds or (10, 20, 30, 40, 50))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and sets
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +172,7 @@ def load_checkpoint(source, args, hw):
 def load_rows(source, args):
     """A set's name or a JSONL path -> (line number, object) rows."""
     if source == "demo":
-        rows = list(enumerate(okd.demo_rows(4400, seed=0)[:200], 1))
+        rows = okd.demo_splits()["test"]
     elif source in SETS:
         repo, file, most = SETS[source]
         rows = okd.read_jsonl(okd.hub_file(repo, file))[:most]
@@ -186,11 +189,7 @@ def examples_of(rows, tokenizer, source, limit):
     """Rows -> (Examples whose response is the first reference and EOS, how many prompts were cut)."""
     examples, cut = [], 0
     for number, row in rows:
-        try:
-            text, answers, has_specials = okd.render(row, tokenizer)
-        except KeyError as error:
-            raise UserError(f"{source}, line {number}: {error.args[0]}") from error
-        ids = okd.encode_prompt(text, has_specials, tokenizer)
+        text, answers, ids = okd.read_prompt(number, row, tokenizer, source)
         if not ids:
             raise UserError(f"{source}, line {number}: the prompt is empty")
         cut += len(ids) > limit
@@ -210,37 +209,21 @@ def fits(example, model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def short_hash(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
-
-
-def read_lines(path):
-    """The whole lines of a JSONL file; one that an interruption cut is left out. Raises UserError for any other damage."""
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({okd.one_line(error)[:80]}): delete it, it is written anew") from error
-
-
 def answer(model, tokenizer, examples, protocol, seed, hw, batch_size, path, label):
     """One decoding pass -> one record per row: prompt, reference, output, score, ids. Kept in `path` batch by batch.
 
     The seed of a batch depends on its place alone, so an evaluation that was interrupted writes what an unbroken one does."""
     options = {name: protocol[name] for name in ("temperature", "top_p", "top_k", "no_repeat_ngram_size") if name in protocol}
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt_ids))
-    done = read_lines(path)
-    records = {record["row"]: record for record in done}
+    records = {record["row"]: record for record in okd.whole_lines(path)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in done))
     with open(path, "a") as file, tqdm(total=len(examples), initial=len(records), desc=label, disable=not sys.stderr.isatty()) as bar:
         for number, start in enumerate(range(0, len(order), batch_size)):
             batch = order[start : start + batch_size]
             if all(i in records for i in batch):
                 continue
             ids = okd.generate(model, tokenizer, [examples[i].prompt_ids for i in batch], hw, protocol["max_new_tokens"], batch_size,
-                               sample=protocol["decoding"] == "sampling", seed=(seed or 0) * 1_000_003 + number, **options)  # fmt: skip
+                               sample=protocol["decoding"] == "sampling", seed=okd.part_seed(seed or 0, number), **options)  # fmt: skip
             for i, response in zip(batch, ids):
                 text = tokenizer.decode(response, skip_special_tokens=True).strip()
                 score = okd.rouge_l(text, examples[i].references)
@@ -271,11 +254,11 @@ def read_results(path):
 def evaluate_checkpoint(checkpoint, sets, protocol, args, hw, teacher):
     """-> one result per set, from results.json where it is finished already; the rest is generated, scored and stored."""
     source, path = model_folder(checkpoint), results_path(checkpoint, args)
-    seeds = [None] if args.greedy else list(args.seeds or (10, 20, 30, 40, 50))
+    seeds = decoding_seeds(args)
     stored, loaded, mine = {result["key"]: result for result in read_results(path)}, None, []
     for name, rows in sets.items():
-        model_key = short_hash([okd.fingerprint(source), [row for _, row in rows], protocol, str(hw.dtype), hw.device.type, args.batch_size])
-        key = short_hash([model_key, seeds, args.teacher and okd.fingerprint(args.teacher)])
+        model_key = okd.short_hash([okd.fingerprint(source), [row for _, row in rows], protocol, str(hw.dtype), hw.device.type, args.batch_size])
+        key = okd.short_hash([model_key, seeds, args.teacher and okd.fingerprint(args.teacher)])
         folder = path.parent / "generations"
         if key not in stored or not all((folder / f).exists() for f in stored[key]["generations"]):
             model, tokenizer = loaded = loaded or load_checkpoint(source, args, hw)
@@ -448,7 +431,7 @@ def group_runs(runs):
 
 def row_scores(run, result):
     """(rows,) scores of a run, the mean over its decoding seeds."""
-    passes = [read_lines(run["results"].parent / "generations" / file) for file in result["generations"]]
+    passes = [okd.whole_lines(run["results"].parent / "generations" / file) for file in result["generations"]]
     by_row = [sorted(records, key=lambda record: record["row"]) for records in passes]
     return [statistics.fmean(record["score"] for record in same_row) for same_row in zip(*by_row)]
 
@@ -565,7 +548,7 @@ def track(args, results, comparison):
 def show_answers(args, results):
     """--show: the first answers of every checkpoint, side by side."""
     for index, name in enumerate(args.data):
-        texts = {checkpoint: sorted(read_lines(results_path(checkpoint, args).parent / "generations" / mine[index]["generations"][0]),
+        texts = {checkpoint: sorted(okd.whole_lines(results_path(checkpoint, args).parent / "generations" / mine[index]["generations"][0]),
                                     key=lambda record: record["row"]) for checkpoint, mine in results.items()}  # fmt: skip
         for record in next(iter(texts.values()))[: args.show]:
             print(f"\n[{name} {record['row'] + 1}] {record['prompt'].strip()}\n  reference: {record['reference']}")
@@ -584,7 +567,7 @@ def evaluate(args):
         read_results(results_path(checkpoint, args))
         if args.compare:
             read_run(checkpoint)
-    seeds = "" if args.greedy else f", seeds {' '.join(map(str, args.seeds or (10, 20, 30, 40, 50)))}"
+    seeds = "" if args.greedy else f", seeds {' '.join(map(str, decoding_seeds(args)))}"
     print("protocol: " + ", ".join(f"{name} {value}" for name, value in protocol.items()) + seeds
           + "; Rouge-L F x 100 with stemmer, best reference")  # fmt: skip
     teacher = load_checkpoint(model_folder(args.teacher), args, hw) if args.teacher else None
@@ -593,7 +576,7 @@ def evaluate(args):
     table = [(checkpoint, result["data"], f"{result['rouge_l']:.2f}" + ("" if result["std"] is None else f" ± {result['std']:.2f}"), result["rows"],
               result["cut_prompts"], result["empty_outputs"], f"{result['seconds']:.1f}") for checkpoint, mine in results.items() for result in mine]  # fmt: skip
     print(okd.format_table(("checkpoint", "set", "Rouge-L", "rows", "cut prompts", "empty outputs", "seconds"), table))
-    if not args.greedy and len(args.seeds or (1, 2)) > 1:
+    if len(decoding_seeds(args)) > 1:
         print("± is the standard deviation over decoding seeds of one checkpoint, not over training seeds.")
     if args.teacher:
         print_distribution(results)
@@ -607,12 +590,7 @@ def evaluate(args):
 
 
 def main(argv=None):
-    args = tyro.cli(Args, args=argv, prog="eval.py")
-    try:
-        evaluate(args)
-    except UserError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    okd.run_command(evaluate, Args, "eval.py", argv)
 
 
 if __name__ == "__main__":

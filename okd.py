@@ -393,6 +393,22 @@ def read_jsonl(path):
     return rows
 
 
+def whole_lines(path):
+    """Objects of a JSONL file that is appended to; a last line that an interruption cut is left out, and taken off the file.
+
+    Raises UserError for any other damage."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text().splitlines(True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)[:80]}): delete it, it is written anew") from error
+    if lines and not lines[-1].endswith("\n"):
+        path.write_text("".join(lines[:-1]))
+    return rows
+
+
 def encode_prompt(prompt, has_specials, tokenizer):
     """Prompt text -> ids, with the special tokens that the tokenizer gives every text (BOS for Llama, none for GPT-2) unless
     a chat template wrote them already."""
@@ -402,17 +418,22 @@ def encode_prompt(prompt, has_specials, tokenizer):
     return ids
 
 
+def read_prompt(number, row, tokenizer, source):
+    """A row of line `number` of `source` -> (prompt text, reference responses, prompt ids). Raises UserError when malformed."""
+    try:
+        prompt, references, has_specials = render(row, tokenizer)
+    except KeyError as error:
+        raise UserError(f"{source}, line {number}: {error.args[0]}") from error
+    return prompt, references, encode_prompt(prompt, has_specials, tokenizer)
+
+
 def encode(rows, tokenizer, args, source):
     """(line number, object) rows -> Examples. Raises UserError when a row is malformed or none is usable.
 
     Prompt and response are tokenised apart, since BPE could merge across the border. The response gets EOS, a target."""
     examples, dropped = [], Counter()
     for number, row in rows:
-        try:
-            prompt, references, has_specials = render(row, tokenizer)
-        except KeyError as error:
-            raise UserError(f"{source}, line {number}: {error.args[0]}") from error
-        prompt_ids = encode_prompt(prompt, has_specials, tokenizer)
+        prompt, references, prompt_ids = read_prompt(number, row, tokenizer, source)
         response_ids = tokenizer(references[0], add_special_tokens=False).input_ids
         if not response_ids:
             dropped["an empty response"] += 1
@@ -455,6 +476,13 @@ def demo_rows(count, seed):
     return rows
 
 
+def demo_splits():
+    """The demo's (line number, object) rows. Its teacher sees 4,000 rows and its student 400 of them: a transfer set that is
+    small for the student is where distillation shows."""
+    rows = list(enumerate(demo_rows(4400, seed=0), 1))
+    return dict(test=rows[:200], dev=rows[200:400], train=rows[400:800], teacher=rows[400:])
+
+
 def hub_file(repo_id, filename):
     """Download one file of a dataset repository. Raises UserError that says what to do without a network."""
     import huggingface_hub
@@ -469,13 +497,9 @@ def hub_file(repo_id, filename):
 def load_data(args, tokenizer):
     """args -> {"train", "dev", "test", "teacher"}: lists of Examples; "teacher" is what the teacher is fine-tuned on.
 
-    The demo's teacher sees 4,000 rows and its student 400 of them: a transfer set that is small for the student is where
-    distillation shows. Everywhere else both get the same rows."""
+    Except for the demo both networks get the same rows."""
     if args.data is None and args.teacher == args.student == "demo":
-        rows = list(enumerate(demo_rows(4400, seed=0), 1))
-        test, dev, pool = rows[:200], rows[200:400], rows[400:]
-        splits = dict(test=test, dev=dev, train=pool[:400], teacher=pool)
-        return {name: encode(part, tokenizer, args, "built-in tasks") for name, part in splits.items()}
+        return {name: encode(rows, tokenizer, args, "built-in tasks") for name, rows in demo_splits().items()}
     if args.data is None:
         source = HUB_DOLLY["repo_id"]
         rows = read_jsonl(hub_file(source, HUB_DOLLY["train"]))
@@ -721,6 +745,19 @@ def recompute_activations(student, teacher):
 
 
 @contextlib.contextmanager
+def eval_mode(*networks):
+    """Inside, dropout and recomputation are off; afterwards every network has the mode it had."""
+    modes = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network, mode in zip(networks, modes):
+            network.train(mode)
+
+
+@contextlib.contextmanager
 def module_off(teacher):
     """Inside, the teacher is p_0, whether or not it has an online module: no second copy is needed."""
     with teacher.disable_adapter() if isinstance(teacher, peft.PeftModel) else contextlib.nullcontext():
@@ -747,6 +784,21 @@ def hidden_states(model, batch, trunk=False):
     with from_trunk(model, batch.trunk) if trunk and batch.trunk is not None else contextlib.nullcontext():
         hidden = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, batch.positions)
+
+
+@contextlib.contextmanager
+def forward_replaced(modules, function):
+    """Inside, `function` is the forward of every module; afterwards each has the one it had, its own or one that was put there."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = function
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def moving_block(teacher):
@@ -782,14 +834,11 @@ def from_trunk(teacher, states):
     """Inside, the blocks below the module hand on what they get, and the lowest one with a module gets `states`."""
     blocks, lowest = moving_block(teacher)
     hook = blocks[lowest].register_forward_pre_hook(lambda block, args, kwargs: ((states, *args[1:]), kwargs), with_kwargs=True)
-    for block in blocks[:lowest]:
-        block.forward = lambda hidden, *args, **kwargs: hidden
     try:
-        yield
+        with forward_replaced(blocks[:lowest], lambda hidden, *args, **kwargs: hidden):
+            yield
     finally:
         hook.remove()
-        for block in blocks[:lowest]:
-            del block.forward
 
 
 class TrunkOutput(BaseModelOutputWithPast):
@@ -804,15 +853,8 @@ def head(model, hidden, vocab):
 
     Runs the family's own forward with the trunk replaced by `hidden`, so that tied weights, scales and soft caps are the
     family's business and not ours."""
-    decoder = decoder_of(model)
-    patched = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: TrunkOutput(last_hidden_state=hidden[None])
-    try:
+    with forward_replaced([decoder_of(model)], lambda *args, **kwargs: TrunkOutput(last_hidden_state=hidden[None])):
         logits = model(input_ids=hidden.new_zeros(1, 1, dtype=torch.long), use_cache=False).logits.flatten(0, 1)
-    finally:
-        del decoder.forward
-        if patched is not None:
-            decoder.forward = patched
     # A view where it can be one: the backward of a slice would fill another (N, V).
     return (logits if logits.size(1) == vocab else logits[:, :vocab]).float()
 
@@ -1104,24 +1146,27 @@ def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, te
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def part_seed(seed, part):
+    """Seed of one part of a job, so that the part comes out the same wherever the job was interrupted."""
+    return seed * 1_000_003 + part
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sample=False, seed=0, vocab=None, teacher=None, **options):
     """Lists of prompt ids -> lists of response ids, in the same order; EOS, where one was written, is kept.
 
-    Left-padded batches of prompts of like length, KV cache, eval mode, never beyond the model's positions. sample=True draws at temperature 1 from the whole
-    distribution, and the same seed draws the same text; `vocab` keeps to the first so many tokens; with a teacher every
-    token is drawn from TEACHER_SHARE p + (1 - TEACHER_SHARE) q. `options` go to transformers' GenerationConfig."""
+    Left-padded batches of prompts of like length, KV cache, eval mode, never beyond the model's positions. sample=True draws
+    at temperature 1 from the whole distribution, and the same seed draws the same text; `vocab` keeps to the first so many
+    tokens; with vocab and a teacher every token is drawn from TEACHER_SHARE p + (1 - TEACHER_SHARE) q. `options` go to transformers' GenerationConfig."""
     room = positions(model) - max(map(len, prompts))
     config = transformers.GenerationConfig(
         max_new_tokens=int(min(max_new_tokens, room)), do_sample=sample, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_p=1.0, top_k=0) if sample else {}) | options,
     )  # fmt: skip
-    modes, responses = [(network, network.training) for network in (model, teacher) if network is not None], [None] * len(prompts)
-    for network, _ in modes:
-        network.eval()
+    responses, networks = [None] * len(prompts), [network for network in (model, teacher) if network is not None]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # out of memory at once or never
     devices = [hw.device] if hw.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), hw.autocast():
+    with torch.random.fork_rng(devices=devices), hw.autocast(), eval_mode(*networks):
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -1133,12 +1178,10 @@ def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sampl
                 attention_mask[row, width - len(prompts[i]) :] = 1
             input_ids, attention_mask = input_ids.to(hw.device), attention_mask.to(hw.device)
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config,
-                                    logits_processor=[NextTokens(vocab, teacher, attention_mask)])  # fmt: skip
+                                    logits_processor=[NextTokens(vocab, teacher, attention_mask)] if vocab else [])  # fmt: skip
             for i, ids in zip(rows, output[:, width:].tolist()):
                 end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
                 responses[i] = ids[:end]
-    for network, was_training in modes:
-        network.train(was_training)
     return responses
 
 
@@ -1185,15 +1228,14 @@ class NextTokens(transformers.LogitsProcessor):
 
     def __init__(self, vocab, teacher, attention_mask):
         self.vocab, self.teacher, self.mask, self.cache = vocab, teacher, attention_mask, None
+        self.positions = teacher is not None and "position_ids" in inspect.signature(without_peft(teacher).forward).parameters
 
     def __call__(self, input_ids, scores):
-        if self.vocab is None:
-            return scores
         log_q = scores[:, : self.vocab].float().log_softmax(-1)
         if self.teacher is not None:
             self.mask = F.pad(self.mask, (0, input_ids.size(1) - self.mask.size(1)), value=1)
             inputs = dict(input_ids=input_ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            if "position_ids" in inspect.signature(without_peft(self.teacher).forward).parameters:  # not with ALiBi
+            if self.positions:  # not with ALiBi
                 inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)
             if self.cache is not None:
                 inputs |= {name: inputs[name][:, -1:] for name in ("input_ids", "position_ids") if name in inputs}
@@ -1209,7 +1251,7 @@ class Text:
     def __init__(self, args, student, teacher, rows, tokenizer, vocab, hw, seed, steps):
         self.args, self.student, self.teacher, self.rows = args, student, teacher, rows
         self.tokenizer, self.vocab, self.hw, self.seed, self.steps = tokenizer, vocab, hw, seed, steps
-        self.lengths, self.sampling_s = [len(row) for row in rows], 0.0
+        self.lengths, self.sampling_s = tuple(len(row) for row in rows), 0.0
         self.state = dict(phi=args.sgo_fraction, reference=None, replay=[], rollouts=[])
 
     def __call__(self, step):
@@ -1261,7 +1303,7 @@ class Text:
         """The student's own words (with a teacher: the mixture's) to the prompts of `rows`, as rows."""
         start, args = time.perf_counter(), self.args
         responses = generate(self.student, self.tokenizer, [row.prompt_ids for row in rows], self.hw, args.max_new_tokens,
-                             args.batch_size, True, self.seed * 1_000_003 + step, self.vocab, teacher)  # fmt: skip
+                             args.batch_size, True, part_seed(self.seed, step), self.vocab, teacher)  # fmt: skip
         self.hw.synchronize()
         self.sampling_s += time.perf_counter() - start
         return [with_response(row, ids, args.max_length) for row, ids in zip(rows, responses)]
@@ -1276,18 +1318,16 @@ class Text:
     def judge(self, rows):
         """Rollouts -> the same with advantage, log q and importance weight of every response token."""
         start, log_p, log_q = time.perf_counter(), [], []
-        was_training, rows = self.student.training, sorted(rows, key=len)
-        self.student.eval()
+        rows = sorted(rows, key=len)
 
         def keep(p0_logits, p_logits, q_logits, labels, rollout):
             log_p.append(-cross_entropy(p_logits, labels))
             log_q.append(-cross_entropy(q_logits, labels))
             return {}
 
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(self.student):
             for part in micro_batches(rows, self.args):
                 run_batch(self.student, self.teacher, collate(part, self.tokenizer.pad_token_id).to(self.hw.device), self.vocab, self.hw, keep)
-        self.student.train(was_training)
         log_p, log_q = torch.cat(log_p).cpu(), torch.cat(log_q).cpu()
         weight = (log_q - mix(log_p, log_q, TEACHER_SHARE)).exp()
         lengths = [len(row.response_ids) for row in rows]
@@ -1366,6 +1406,9 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
     eval_every = args.eval_every or max(50, steps // 5)
     torch.manual_seed(seed)
 
+    def new_window():  # sums since the last report, how often each was added to, tokens, steps, start
+        return Counter(), Counter(), 0, 0, time.perf_counter()
+
     def dev():
         return evaluate(args, student, teacher, data["dev"][: args.eval_rows], tokenizer, vocab, hw)
 
@@ -1376,7 +1419,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
         text.validated(first_dev["student_ce"])
         evaluation_s += time.perf_counter() - start
         report(phase, 0, {f"dev/{name}": value for name, value in first_dev.items()})
-    window, times_seen, window_tokens, window_steps, window_start = Counter(), Counter(), 0, 0, time.perf_counter()
+    window, times_seen, window_tokens, window_steps, window_start = new_window()
     timed = []  # (rows, seconds of the step so far) for --benchmark
     bar = tqdm(range(steps), desc=phase, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
@@ -1438,14 +1481,14 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             metrics |= {name: float(value) / tokens for name, value in looked.items()}
             metrics |= dict(lr=learning_rate(step, steps, lr, args.warmup), tokens_per_s=window_tokens / seconds,
                             step_s=seconds / window_steps, peak_memory_gb=hw.peak_memory() / 1e9)  # fmt: skip
-            metrics["sampling_s"] = text.sampling_s  # so far
             if args.teacher_moves:
                 metrics["lam"] = lam
             if args.text == "adaptive":
                 metrics["phi"] = text.state["phi"]
             if args.divergence == "taid" and args.student_ce_weight < 1:
                 metrics["taid_t"] = float(taid_state["t"])
-            report(phase, step + 1, {("time/" if name == "sampling_s" else "train/") + name: value for name, value in metrics.items()}, bar)
+            so_far = {"time/sampling_s": text.sampling_s}
+            report(phase, step + 1, {f"train/{name}": value for name, value in metrics.items()} | so_far, bar)
         if first_dev is not None and ((step + 1) % eval_every == 0 or step == steps - 1):
             dev_start = time.perf_counter()
             last_dev = dev()
@@ -1457,7 +1500,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             hw.synchronize()
             timed.append((examples, time.perf_counter()))
         if look:  # the clock of the next window starts after the looks at the dev rows
-            window, times_seen, window_tokens, window_steps, window_start = Counter(), Counter(), 0, 0, time.perf_counter()
+            window, times_seen, window_tokens, window_steps, window_start = new_window()
     bar.close()
     student.eval()
     return dict(seconds=time.perf_counter() - start - evaluation_s, sampling_s=text.sampling_s, timed=timed, first_dev=first_dev, last_dev=last_dev)
@@ -1466,12 +1509,11 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
 @torch.no_grad()
 def evaluate(args, student, teacher, examples, tokenizer, vocab, hw):
     """Means over the response tokens of `examples` of everything in `measure`, the student's dropout off."""
-    was_training, sums = student.training, Counter()
-    student.eval()
-    for rows in micro_batches(examples, args):
-        batch = collate(rows, tokenizer.pad_token_id).to(hw.device)
-        sums.update(run_batch(student, teacher, batch, vocab, hw, need_p0=args.teacher_moves, look=True))
-    student.train(was_training)
+    sums = Counter()
+    with eval_mode(student):
+        for rows in micro_batches(examples, args):
+            batch = collate(rows, tokenizer.pad_token_id).to(hw.device)
+            sums.update(run_batch(student, teacher, batch, vocab, hw, need_p0=args.teacher_moves, look=True))
     tokens = sum(len(example.response_ids) for example in examples)
     return {name: float(value) / tokens for name, value in sums.items()}
 
@@ -1533,9 +1575,12 @@ def fingerprint_rows(rows):
     return hashlib.sha256(json.dumps([(row.prompt_ids, row.response_ids) for row in rows]).encode()).hexdigest()
 
 
+def short_hash(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
 def cache_key(**determinants):
-    determinants["versions"] = [torch.__version__, transformers.__version__]
-    return hashlib.sha256(json.dumps(determinants, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return short_hash(determinants | dict(versions=[torch.__version__, transformers.__version__]))
 
 
 def teacher_text(args, teacher, source, rows, tokenizer, vocab, hw):
@@ -1548,13 +1593,12 @@ def teacher_text(args, teacher, source, rows, tokenizer, vocab, hw):
     path = pathlib.Path(args.cache_dir).resolve() / f"text-{short_name(args.teacher)}-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     chunk, start = 8 * args.batch_size, time.perf_counter()
-    written = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    path.write_text("".join(json.dumps(chunk_ids) + "\n" for chunk_ids in written))  # without a line cut by an interruption
+    written = whole_lines(path)
     chunks = range(len(written) * chunk, len(rows), chunk)
     with open(path, "a") as file:
         for first in tqdm(chunks, desc="teacher writes", disable=not sys.stderr.isatty() or not chunks, dynamic_ncols=True):
             prompts = [row.prompt_ids for row in rows[first : first + chunk]]
-            written.append(generate(teacher, tokenizer, prompts, hw, args.max_new_tokens, args.batch_size, True, args.seed * 1_000_003 + first, vocab))
+            written.append(generate(teacher, tokenizer, prompts, hw, args.max_new_tokens, args.batch_size, True, part_seed(args.seed, first), vocab))
             file.write(json.dumps(written[-1]) + "\n")
             file.flush()
     responses = [ids for chunk_ids in written for ids in chunk_ids]
@@ -1822,13 +1866,18 @@ def times_of(seconds, result):
                 scoring=seconds["scoring"])  # fmt: skip
 
 
-def main(argv=None):
-    args = tyro.cli(Args, args=argv, prog="okd.py")
+def run_command(job, flags, program, argv):
+    """Parse argv into `flags` and run the job; a UserError is one line and exit code 2."""
+    args = tyro.cli(flags, args=argv, prog=program)
     try:
-        distil(args)
+        job(args)
     except UserError as error:
-        print(f"okd.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def main(argv=None):
+    run_command(distil, Args, "okd.py", argv)
 
 
 if __name__ == "__main__":

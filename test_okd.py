@@ -1486,7 +1486,7 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_done_again(
     flags = [checkpoint, "--data", jsonl, "--limit", "10", "--max-new-tokens", "5", "--seeds", "1", "--batch-size", "4"]
     assert run_eval(capsys, *flags)[0] == 0
     (path,), first = (checkpoint / "generations").glob("*.jsonl"), (checkpoint / "results.json").read_text()
-    unbroken = okd_eval.read_lines(path)
+    unbroken = okd.whole_lines(path)
     calls, original = [], okd.generate
     monkeypatch.setattr(okd, "generate", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
     assert run_eval(capsys, *flags)[0] == 0 and not calls
@@ -1496,7 +1496,7 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_is_not_done_again(
     assert run_eval(capsys, *flags)[0] == 0
     assert sum(calls) == 6  # rows 5 to 10 of the order, the four that were whole not again
     by_row = lambda records: sorted(records, key=lambda record: record["row"])  # noqa: E731
-    assert by_row(okd_eval.read_lines(path)) == by_row(unbroken)
+    assert by_row(okd.whole_lines(path)) == by_row(unbroken)
     again = json.loads((checkpoint / "results.json").read_text())
     assert [r["scores"] for r in again] == [r["scores"] for r in json.loads(first)]
 
