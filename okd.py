@@ -56,6 +56,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from tqdm.auto import tqdm
+from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
@@ -185,10 +186,10 @@ class Args:
     """the module's output is scaled by alpha / rank"""
     lora_targets: str = "all-linear"
     """all-linear (of the transformer blocks), or names of layers with commas between: q_proj,v_proj"""
-    lora_top_layers: int = 0
-    """put the module on the top k layers only, where its backward pass then stops; 0: on all"""
+    lora_top_layers: int | None = None
+    """put the module on the top k layers only, where its backward pass then stops (half of the layers); 0: on all"""
     cache_teacher_trunk: bool = False
-    """with --lora-top-layers k: compute the hidden states that enter these layers, which never change, once, and keep them in
+    """compute the hidden states that enter the layers with the module, which never change, once, and keep them in
     a memory-mapped file; its size is printed before it is written. Pays off over several epochs"""
 
     # -- warm start --
@@ -295,7 +296,8 @@ def resolve(args):
         within(name, 0, math.inf, open_low=True, open_high=True)
     for name in ("teacher_ce_weight", "lam", "anchor", "weight_decay", "max_grad_norm", "ab_alpha", "ab_beta", "epochs",
                  "teacher_sft_epochs", "student_sft_epochs", "lora_top_layers", "eval_rows", "score_rows"):  # fmt: skip
-        within(name, 0, math.inf, open_high=True)
+        if getattr(args, name) is not None:
+            within(name, 0, math.inf, open_high=True)
     for name in ("batch_size", "micro_batch_size", "max_steps", "update_teacher_every", "lora_rank", "log_every",
                  "micro_batch_tokens", "replay_capacity", "rollouts", "rollout_passes", "benchmark", "eval_every", "max_length", "max_prompt_length", "max_new_tokens"):  # fmt: skip
         if getattr(args, name) is not None:
@@ -305,7 +307,7 @@ def resolve(args):
             f"--max-prompt-length {args.max_prompt_length} leaves no room for a response in --max-length {args.max_length}")  # fmt: skip
     require(args.text == "mixture" or not args.policy_gradient, "--policy-gradient needs the rollouts of --text mixture")
     if args.cache_teacher_trunk:
-        require(args.teacher_moves and args.lora_top_layers > 0, "--cache-teacher-trunk needs a moving teacher with --lora-top-layers k: below its module nothing moves")
+        require(args.teacher_moves and args.lora_top_layers != 0, "--cache-teacher-trunk needs a moving teacher whose --lora-top-layers is not 0: below its module nothing moves")
         require(args.text in ("data", "teacher"), f"--cache-teacher-trunk needs text that stays the same; that of --text {args.text} is new every time")
         require(not args.compile, "--cache-teacher-trunk and --compile do not go together: choose one")
     if args.teacher_moves:
@@ -681,7 +683,7 @@ def load_model(name, role, args, dtype, dropout=True):
     """Hub id, local folder or "demo" -> causal LM in `dtype`, on the CPU, in eval mode. Raises UserError."""
     if name == "demo":
         torch.manual_seed(args.sft_seed)
-        return transformers.AutoModelForCausalLM.from_config(demo_config(role)).to(dtype).eval()
+        return fuse_gelu(transformers.AutoModelForCausalLM.from_config(demo_config(role)).to(dtype).eval())
     check_source(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
@@ -694,7 +696,16 @@ def load_model(name, role, args, dtype, dropout=True):
     except Exception as error:
         raise UserError(f"cannot load the {role} (config.json, *.safetensors) of {name}: give a local model folder, or set "
                         f"HF_HOME to a cache that has it [{one_line(error)}]") from error  # fmt: skip
-    return model.eval()
+    return fuse_gelu(model.eval())
+
+
+def fuse_gelu(model):
+    """GPT-2's activation in one kernel instead of eight, which read and keep as many copies of the widest hidden state."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+    return model
 
 
 def check_length(model, role, args):
@@ -715,12 +726,20 @@ def transformer_blocks(model):
     return max((m for m in decoder_of(model).modules() if isinstance(m, torch.nn.ModuleList)), key=len)
 
 
-def lora_config(model, args, top_layers=0):
-    """LoRA on the chosen linear layers of the top blocks, 0 meaning all. Raises UserError when nothing matches."""
+def module_depth(teacher, args):
+    """Number of the teacher's layers that carry the online module, from the top. Raises UserError when it has fewer."""
+    layers = len(transformer_blocks(teacher))
+    if args.lora_top_layers is None:
+        return (layers + 1) // 2
+    if args.lora_top_layers > layers:
+        raise UserError(f"--lora-top-layers {args.lora_top_layers}: the teacher has only {layers} layers")
+    return args.lora_top_layers or layers
+
+
+def lora_config(model, args, depth=None):
+    """LoRA on the chosen linear layers of the top `depth` blocks, or of all. Raises UserError when nothing matches."""
     blocks = list(transformer_blocks(model))
-    if top_layers > len(blocks):
-        raise UserError(f"--lora-top-layers {top_layers}: the teacher has only {len(blocks)} layers")
-    chosen = {id(module) for block in blocks[len(blocks) - (top_layers or len(blocks)) :] for module in block.modules()}
+    chosen = {id(module) for block in blocks[len(blocks) - (depth or len(blocks)) :] for module in block.modules()}
     wanted = None if args.lora_targets == "all-linear" else tuple(part.strip() for part in args.lora_targets.split(","))
     linear = {name: module for name, module in model.named_modules()
               if id(module) in chosen and isinstance(module, (torch.nn.Linear, Conv1D))}  # fmt: skip
@@ -735,7 +754,7 @@ def lora_config(model, args, top_layers=0):
 def add_online_module(teacher, args):
     """Frozen teacher -> the same with LoRA on top: B starts at 0, so p_f = p_0 at step 0. Its weights are float32."""
     torch.manual_seed(args.seed)
-    return peft.get_peft_model(teacher, lora_config(teacher, args, args.lora_top_layers)).eval()
+    return peft.get_peft_model(teacher, lora_config(teacher, args, module_depth(teacher, args))).eval()
 
 
 def recompute_activations(student, teacher):
@@ -1101,7 +1120,7 @@ def measure(p0_logits, p_logits, q_logits, labels):
 # One micro-batch: two trunks, then heads, losses and their gradients over chunks of tokens, then back through the trunks
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHUNK_ELEMENTS = 2**24  # logits of one network alive at once: 64 MB in float32, whatever the batch and the vocabulary
+CHUNK_ELEMENTS = 2**23  # logits of one network alive at once: 32 MB in float32, whatever the batch and the vocabulary
 
 
 def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, teacher_trains=False, need_p0=False, look=False):
@@ -1611,11 +1630,11 @@ def cache_trunk(args, teacher, source, rows, tokenizer, hw):
 
     Raises UserError when the module is on all layers, the disk is too small, or a forward from the file is not the full one."""
     if moving_block(teacher)[1] == 0:
-        raise UserError(f"--cache-teacher-trunk: a module on the top {args.lora_top_layers} layers leaves no layer below it")
+        raise UserError("--cache-teacher-trunk: the module is on all of the teacher's layers, so there is nothing below it to keep")
     with hw.autocast():
         probe = below_module(teacher, collate(rows[:1], tokenizer.pad_token_id).input_ids.to(hw.device))
     tokens, (width, dtype) = sum(map(len, rows)), (probe.shape[-1], probe.dtype)
-    key = cache_key(source=fingerprint(source), data=fingerprint_rows(rows), layers=args.lora_top_layers, hardware=[hw.device.type, str(hw.dtype)])
+    key = cache_key(source=fingerprint(source), data=fingerprint_rows(rows), layers=module_depth(teacher, args), hardware=[hw.device.type, str(hw.dtype)])
     path = pathlib.Path(args.cache_dir).resolve() / f"trunk-{short_name(args.teacher)}-{key}.bin"
     path.parent.mkdir(parents=True, exist_ok=True)
     size, there = tokens * width * probe.element_size(), path.exists()
@@ -1842,7 +1861,7 @@ def step_flops(args, student, teacher, rows):
     if args.student_ce_weight < 1 or args.teacher_moves:
         flops += forward(teacher)
     if args.teacher_moves:
-        flops += forward(teacher, (args.lora_top_layers or len(transformer_blocks(teacher))) / len(transformer_blocks(teacher)))
+        flops += forward(teacher, module_depth(teacher, args) / len(transformer_blocks(teacher)))
         if args.anchor:
             flops += forward(teacher)
     return flops

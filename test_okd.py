@@ -487,6 +487,33 @@ def test_chunks_give_the_plain_losses_and_gradients_of_both_networks(family, nam
             torch.testing.assert_close(got[key], want[key], atol=1e-10, rtol=1e-7, msg=key)
 
 
+def test_in_bfloat16_chunks_give_the_plain_losses_to_its_rounding(examples, monkeypatch):
+    hw, batch = okd.Hardware(torch.device("cpu"), torch.bfloat16), okd.collate(examples[:5], 0)
+    student, teacher = tiny(seed=1), tiny(seed=2, dtype=torch.bfloat16)
+    losses = lambda p0, p, q, labels, rollout: dict(loss=okd.fkl(p, q))  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16):
+        p, q = plain_logits(teacher, batch), plain_logits(student, batch)
+    plain = okd.fkl(p.detach(), q).sum()
+    plain.backward()
+    expected = gradients(student)
+    student.zero_grad()
+    monkeypatch.setattr(okd, "CHUNK_ELEMENTS", 384 * 7)
+    sums = okd.run_batch(student, teacher, batch, 384, hw, losses, lambda total: total.backward())
+    torch.testing.assert_close(sums["loss"], plain.detach(), rtol=1e-2, atol=0)
+    for name, gradient in gradients(student).items():
+        assert (gradient - expected[name]).norm() <= 0.02 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fused_gelu_is_gpt2s(dtype):
+    model = tiny("gpt2", dtype=dtype)
+    ids = torch.arange(40)[None]
+    plain, fused = model(ids).logits, okd.fuse_gelu(model)(ids).logits
+    assert any(isinstance(module, torch.nn.GELU) for module in model.modules())
+    torch.testing.assert_close(fused, plain, atol={torch.float32: 1e-6, torch.float64: 1e-13}[dtype], rtol=1e-6)
+    assert model.config.activation_function == "gelu_new"  # what is saved is still GPT-2
+
+
 def test_a_single_token_response_is_one_position(examples, float64_head):
     model, row = tiny(dtype=torch.float64), okd.with_response(examples[0], [1], 96)
     batch = okd.collate([row, examples[1]], 1)
@@ -594,7 +621,7 @@ def test_a_cached_trunk_that_is_not_the_models_is_refused(examples, tokenizer, t
     with pytest.raises(okd.UserError, match="differ from a full forward"):
         okd.cache_trunk(args, teacher, "t", examples, tokenizer, CPU)
     args.lora_top_layers = 4
-    with pytest.raises(okd.UserError, match="leaves no layer below it"):
+    with pytest.raises(okd.UserError, match="nothing below it to keep"):
         okd.cache_trunk(args, okd.add_online_module(tiny(seed=2).requires_grad_(False), args), "t", examples, tokenizer, CPU)
 
 
@@ -643,8 +670,8 @@ def test_a_frozen_teacher_is_bit_identical_after_training(examples, tokenizer):
     assert not changed(before, teacher) and changed(start, student) == set(start)
 
 
-@pytest.mark.parametrize("top_layers", [0, 1])
-def test_a_moving_teacher_differs_only_in_its_lora(examples, tokenizer, top_layers):
+@pytest.mark.parametrize("top_layers, carry", [(None, {2, 3}), (0, {0, 1, 2, 3}), (1, {3})])
+def test_a_moving_teacher_differs_only_in_its_lora(examples, tokenizer, top_layers, carry):
     args = tiny_args(method="okd", lora_top_layers=top_layers)
     teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
     before = snapshot(teacher)
@@ -652,7 +679,7 @@ def test_a_moving_teacher_differs_only_in_its_lora(examples, tokenizer, top_laye
     moved = changed(before, teacher)
     assert moved == {name for name in before if "lora_" in name}
     layers = {int(re.search(r"\.h\.(\d+)\.", name)[1]) for name in moved}
-    assert layers == ({3} if top_layers else {0, 1, 2, 3})
+    assert layers == carry
 
 
 def test_with_the_module_off_the_moved_teacher_is_the_one_it_was(examples, tokenizer):
@@ -1309,7 +1336,8 @@ BAD_FLAGS = [
     (["--mu", "nan"], "--mu is nan"),
     (["--teacher-ce-weight", "0"], "--lam > 0 with neither --teacher-ce-weight nor --anchor"),
     (["--lam", "0", "--teacher-ce-weight", "0"], "are all 0"),
-    (["--cache-teacher-trunk"], "--cache-teacher-trunk needs a moving teacher with --lora-top-layers k"),
+    (["--cache-teacher-trunk", "--method", "fkl"], "--cache-teacher-trunk needs a moving teacher"),
+    (["--cache-teacher-trunk", "--lora-top-layers", "0"], "whose --lora-top-layers is not 0"),
     (["--cache-teacher-trunk", "--lora-top-layers", "2", "--text", "student"], "needs text that stays the same"),
     (["--batch-size", "0"], "--batch-size is 0; it must lie in [1, inf)"),
     (["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
