@@ -215,7 +215,7 @@ def answer(model, tokenizer, examples, protocol, seed, hw, batch_size, path, lab
     The seed of a batch depends on its place alone, so an evaluation that was interrupted writes what an unbroken one does."""
     options = {name: protocol[name] for name in ("temperature", "top_p", "top_k", "no_repeat_ngram_size") if name in protocol}
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt_ids))
-    records = {record["row"]: record for record in okd.whole_lines(path)}
+    records = kept_records(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file, tqdm(total=len(examples), initial=len(records), desc=label, disable=not sys.stderr.isatty()) as bar:
         for number, start in enumerate(range(0, len(order), batch_size)):
@@ -232,6 +232,11 @@ def answer(model, tokenizer, examples, protocol, seed, hw, batch_size, path, lab
             file.flush()
             bar.update(len(batch))
     return [records[i] for i in range(len(examples))]
+
+
+def kept_records(path):
+    """{row: record} of one decoding pass; a row that an interruption had written twice is there once."""
+    return {record["row"]: record for record in okd.whole_lines(path)}
 
 
 def write_json(path, value):
@@ -395,7 +400,7 @@ def print_distribution(results):
 # Comparison of runs
 # ---------------------------------------------------------------------------------------------------------------------
 
-NOT_SETTINGS = ("seed", "output_dir", "cache_dir", "track", "wandb_project", "wandb_entity", "wandb_group", "log_every", "eval_every", "eval_rows", "score_rows")
+NOT_SETTINGS = okd.CHANGEABLE | {"seed", "log_every", "eval_every", "eval_rows", "score_rows"}
 
 
 def read_run(checkpoint):
@@ -431,9 +436,8 @@ def group_runs(runs):
 
 def row_scores(run, result):
     """(rows,) scores of a run, the mean over its decoding seeds."""
-    passes = [okd.whole_lines(run["results"].parent / "generations" / file) for file in result["generations"]]
-    by_row = [sorted(records, key=lambda record: record["row"]) for records in passes]
-    return [statistics.fmean(record["score"] for record in same_row) for same_row in zip(*by_row)]
+    passes = [kept_records(run["results"].parent / "generations" / file) for file in result["generations"]]
+    return [statistics.fmean(records[row]["score"] for records in passes) for row in range(result["rows"])]
 
 
 def bootstrap(differences, draws=2000, seed=0):
@@ -548,9 +552,10 @@ def track(args, results, comparison):
 def show_answers(args, results):
     """--show: the first answers of every checkpoint, side by side."""
     for index, name in enumerate(args.data):
-        texts = {checkpoint: sorted(okd.whole_lines(results_path(checkpoint, args).parent / "generations" / mine[index]["generations"][0]),
-                                    key=lambda record: record["row"]) for checkpoint, mine in results.items()}  # fmt: skip
-        for record in next(iter(texts.values()))[: args.show]:
+        texts = {checkpoint: kept_records(results_path(checkpoint, args).parent / "generations" / mine[index]["generations"][0])
+                 for checkpoint, mine in results.items()}  # fmt: skip
+        first = next(iter(texts.values()))
+        for record in [first[row] for row in range(min(args.show, len(first)))]:
             print(f"\n[{name} {record['row'] + 1}] {record['prompt'].strip()}\n  reference: {record['reference']}")
             for checkpoint, records in texts.items():
                 print(f"  {checkpoint} ({records[record['row']]['score']:.1f}): {records[record['row']]['output']}")

@@ -33,6 +33,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -41,6 +42,7 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -51,10 +53,14 @@ from typing import Annotated, Literal
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import peft
+import safetensors
+import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -104,6 +110,8 @@ class Args:
     """rows with a longer prompt are dropped and counted"""
     trust_remote_code: bool = False
     """run code that a model repository brings along; off unless you read that code"""
+    teacher_quant: Literal["8bit", "4bit"] | None = None
+    """keep the frozen teacher's weights in 8 or 4 bit, with the online module on top; needs bitsandbytes"""
 
     # -- the run --
     seed: int = 1
@@ -114,6 +122,8 @@ class Args:
     """where warm-started models are kept, so that ten methods start from the same bits and pay once"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
+    shard: bool = False
+    """under torchrun: shard the transformer blocks of both networks over the processes (FSDP2), where they do not fit one"""
     precision: Precision = "auto"
     """autocast precision; master weights, softmax and losses are float32 whatever this says. auto: bf16 where the
     device is fast at it, else fp16 on a GPU and fp32 on a CPU"""
@@ -230,6 +240,15 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient clipping, each network by itself; 0 turns it off"""
 
+    # -- what survives --
+    resume: str | None = None
+    """go on with the run in this folder; its flags are read there. auto: with the newest unfinished run of the same flags,
+    or begin a new one"""
+    save_every: int | None = None
+    """steps between checkpoints, in each of the three trainings (500; demo: 0); 0: only when SIGTERM or SIGINT ends the run"""
+    keep: int = 2
+    """checkpoints kept; the newest that is whole is resumed from"""
+
     # -- reports --
     benchmark: int | None = None
     """time so many steps on the models as they are and print speed, memory and FLOP/s; nothing is trained before nor kept"""
@@ -252,9 +271,12 @@ class Args:
 
 
 REAL = dict(max_length=512, teacher_sft="lora", teacher_sft_epochs=3, student_sft_epochs=3, epochs=10, lr=1e-4,
-            max_new_tokens=256)  # fmt: skip
+            max_new_tokens=256, save_every=500)  # fmt: skip
 DEMO = dict(max_length=96, teacher_sft="full", teacher_sft_epochs=8, teacher_sft_lr=1e-3, student_sft_epochs=70,
-            epochs=40, lr=2e-3, max_new_tokens=48)  # fmt: skip
+            epochs=40, lr=2e-3, max_new_tokens=48, save_every=0)  # fmt: skip
+# What a resumed run may change: where and how it runs, not what it computes.
+CHANGEABLE = {"output_dir", "cache_dir", "device", "shard", "micro_batch_size", "micro_batch_tokens", "compile", "gradient_checkpointing",
+              "resume", "save_every", "keep", "track", "wandb_project", "wandb_entity", "wandb_group"}  # fmt: skip
 
 
 class UserError(Exception):
@@ -289,19 +311,20 @@ def resolve(args):
         flag, brackets = "--" + name.replace("_", "-"), ("(" if open_low else "[", ")" if open_high else "]")
         require(inside, f"{flag} is {value}; it must lie in {brackets[0]}{low}, {high}{brackets[1]}")
 
+    within("seed", 0, 2**32), within("sft_seed", 0, 2**32)
     for name in ("student_ce_weight", "sgo_fraction", "beta", "mu", "fkl_weight", "warmup", "taid_start"):
         within(name, 0, 1)
     within("skew", 0, 1, open_high=True)
     for name in ("temperature", "lr", "teacher_sft_lr", "student_sft_lr", "lora_alpha", "teacher_lr_ratio"):
         within(name, 0, math.inf, open_low=True, open_high=True)
     for name in ("teacher_ce_weight", "lam", "anchor", "weight_decay", "max_grad_norm", "ab_alpha", "ab_beta", "epochs",
-                 "teacher_sft_epochs", "student_sft_epochs", "lora_top_layers", "eval_rows", "score_rows"):  # fmt: skip
+                 "teacher_sft_epochs", "student_sft_epochs", "lora_top_layers", "eval_rows", "score_rows", "save_every"):  # fmt: skip
         if getattr(args, name) is not None:
             within(name, 0, math.inf, open_high=True)
     for name in ("batch_size", "micro_batch_size", "max_steps", "update_teacher_every", "lora_rank", "log_every",
-                 "micro_batch_tokens", "replay_capacity", "rollouts", "rollout_passes", "benchmark", "eval_every", "max_length", "max_prompt_length", "max_new_tokens"):  # fmt: skip
+                 "micro_batch_tokens", "replay_capacity", "rollouts", "rollout_passes", "benchmark", "eval_every", "keep", "max_length", "max_prompt_length", "max_new_tokens"):  # fmt: skip
         if getattr(args, name) is not None:
-            within(name, 1, math.inf, open_high=True)
+            within(name, 1, 2**31)
     require(args.ab_alpha + args.ab_beta > 0, "--ab-alpha and --ab-beta are both 0: one of them must be positive")
     require(args.max_prompt_length < args.max_length or args.max_length < REAL["max_length"],
             f"--max-prompt-length {args.max_prompt_length} leaves no room for a response in --max-length {args.max_length}")  # fmt: skip
@@ -310,6 +333,10 @@ def resolve(args):
         require(args.teacher_moves and args.lora_top_layers != 0, "--cache-teacher-trunk needs a moving teacher whose --lora-top-layers is not 0: below its module nothing moves")
         require(args.text in ("data", "teacher"), f"--cache-teacher-trunk needs text that stays the same; that of --text {args.text} is new every time")
         require(not args.compile, "--cache-teacher-trunk and --compile do not go together: choose one")
+    if args.shard:
+        require(args.teacher_quant is None, "--shard and --teacher-quant do not go together: choose one")
+        require(args.text != "mixture", "--shard cannot sample from the mixture of two networks: --text mixture needs them whole")
+        require(not args.cache_teacher_trunk, "--shard and --cache-teacher-trunk do not go together: choose one")
     if args.teacher_moves:
         require(not (args.lam > 0 and args.teacher_ce_weight == 0 and args.anchor == 0),
                 "--lam > 0 with neither --teacher-ce-weight nor --anchor: teacher and student would only meet each other "
@@ -385,6 +412,8 @@ def read_jsonl(path):
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    if b"\\u" in line:  # half of a surrogate pair is JSON but no text
+                        json.dumps(row, ensure_ascii=False).encode()
                     if not isinstance(row, dict):
                         raise ValueError("not a JSON object")
                     rows.append((number, row))
@@ -544,7 +573,8 @@ def collate(examples, pad_id):
         input_ids[i, : len(example)] = torch.tensor(example.prompt_ids + example.response_ids)
         mask[i, len(example.prompt_ids) - 1 : len(example) - 1] = True
     labels = input_ids.roll(-1, dims=1)[mask]
-    rollout = torch.tensor([values for e in examples for values in e.rollout or ()]).reshape(len(labels), -1)
+    values = [value for e in examples for value in e.rollout or ()]
+    rollout = torch.tensor(values).reshape(len(labels), 3 if values else 0)
     cached = all(example.trunk is not None for example in examples)
     trunk = torch.nn.utils.rnn.pad_sequence([e.trunk for e in examples], batch_first=True) if cached else None
     return Batch(input_ids, mask, labels, mask.flatten().nonzero().squeeze(1), rollout, trunk)
@@ -573,20 +603,29 @@ def _epoch(lengths, batch_size, seed, epoch, window):
     return batches
 
 
-def micro_batches(examples, args):
+def micro_batches(examples, args, hw=None):
     """Cut a batch into pieces of rows of like length, of at most --micro-batch-tokens after padding (or one row) and at
-    most --micro-batch-size rows."""
-    pieces = []
-    for example in sorted(examples, key=len):
-        rows = len(pieces[-1]) + 1 if pieces else math.inf
-        if rows > (args.micro_batch_size or math.inf) or rows * len(example) > args.micro_batch_tokens:
+    most --micro-batch-size rows. With the Hardware of several processes: this one's share of the rows.
+
+    Every process gets as many pieces, since they wait for each other in each: one that is left without a row gets one
+    without a target."""
+    rank, world = (hw.rank, hw.world) if hw else (0, 1)
+    rows, pieces = sorted(examples, key=len), []
+    for end in range(len(rows) % world or world, len(rows) + 1, world):
+        group = rows[max(0, end - world) : end]  # a row for each process, of like length; the shortest may not be enough for all
+        count = len(pieces[-1]) + 1 if pieces else math.inf
+        if count > (args.micro_batch_size or math.inf) or count * len(group[-1]) > args.micro_batch_tokens:
             pieces.append([])
-        pieces[-1].append(example)
-    return pieces
+        pieces[-1].append(group)
+    return [[g[rank] for g in piece if rank < len(g)] or [without_target(piece[0][0])] for piece in pieces]
+
+
+def without_target(row):
+    return dataclasses.replace(row, prompt_ids=row.prompt_ids + row.response_ids, response_ids=[], rollout=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hardware: everything that is different on a GPU
+# Hardware: everything that is different on a GPU, and between processes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -594,6 +633,42 @@ def micro_batches(examples, args):
 class Hardware:
     device: torch.device
     dtype: torch.dtype  # of autocast and of frozen weights
+    rank: int = 0
+    world: int = 1  # processes of one run, started by torchrun
+
+    def total(self, values, names=None):
+        """Counter of this process's numbers -> the same summed over all processes. `names`, when all know them, save a message."""
+        if self.world == 1:
+            return values
+        names = names or sorted(set().union(*self.gather(list(values))))
+        packed = torch.stack([torch.as_tensor(values[name], device=self.device, dtype=torch.float32) for name in names])
+        dist.all_reduce(packed)
+        return Counter(dict(zip(names, packed)))
+
+    def sum_gradients(self, parameters):
+        """Afterwards every process has the gradients of the whole batch; those of a sharded block are summed by FSDP."""
+        if self.world > 1:
+            for parameter in parameters:
+                if not isinstance(parameter, DTensor):
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    dist.all_reduce(parameter.grad)
+
+    def any(self, flag):
+        """Whether the flag is up in any process. On the CPU, so that no GPU is waited for."""
+        if self.world > 1:
+            dist.all_reduce(flag := torch.tensor(int(flag)), dist.ReduceOp.MAX)
+        return int(flag)
+
+    def gather(self, value):
+        """[the value of every process], anywhere."""
+        values = [value]
+        if self.world > 1:
+            dist.all_gather_object(values := [None] * self.world, value)
+        return values
+
+    def first(self, function, *inputs):
+        """What the function gives in the first process, which alone runs it, in all of them."""
+        return self.gather(function(*inputs) if self.rank == 0 else None)[0]
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -619,9 +694,11 @@ class Hardware:
 
 def pick_hardware(args):
     """Flags -> Hardware. Raises UserError for a device that is not there."""
-    name = args.device
+    name, world, rank = args.device, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if world > 1 and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -634,7 +711,11 @@ def pick_hardware(args):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:  # bf16 is a sixth of float32's time on a CPU with AMX and ten times float32's time on one without
         dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
-    return Hardware(device, dtype)
+    if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Hardware(device, dtype, rank, world)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -679,7 +760,7 @@ def positions(model):
     return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
-def load_model(name, role, args, dtype, dropout=True):
+def load_model(name, role, args, dtype, dropout=True, **options):
     """Hub id, local folder or "demo" -> causal LM in `dtype`, on the CPU, in eval mode. Raises UserError."""
     if name == "demo":
         torch.manual_seed(args.sft_seed)
@@ -691,12 +772,27 @@ def load_model(name, role, args, dtype, dropout=True):
             if not dropout and "drop" in field and isinstance(value, float):
                 setattr(config, field, 0.0)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True
+            name, config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True, **options
         )
     except Exception as error:
         raise UserError(f"cannot load the {role} (config.json, *.safetensors) of {name}: give a local model folder, or set "
                         f"HF_HOME to a cache that has it [{one_line(error)}]") from error  # fmt: skip
     return fuse_gelu(model.eval())
+
+
+def quantized(args, hw):
+    """--teacher-quant -> options of `load_model`. Raises UserError without bitsandbytes."""
+    if args.teacher_quant is None:
+        return {}
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--teacher-quant needs the package bitsandbytes: pip install bitsandbytes")
+    bits = dict(load_in_8bit=True) if args.teacher_quant == "8bit" else dict(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=hw.dtype)  # fmt: skip
+    return dict(quantization_config=transformers.BitsAndBytesConfig(**bits), device_map={"": hw.device})
+
+
+def on_device(model, hw):
+    return model if getattr(model, "is_quantized", False) else model.to(hw.device)  # a quantized one was loaded there
 
 
 def fuse_gelu(model):
@@ -755,6 +851,32 @@ def add_online_module(teacher, args):
     """Frozen teacher -> the same with LoRA on top: B starts at 0, so p_f = p_0 at step 0. Its weights are float32."""
     torch.manual_seed(args.seed)
     return peft.get_peft_model(teacher, lora_config(teacher, args, module_depth(teacher, args))).eval()
+
+
+def shard(model, hw):
+    """Split the weights of every transformer block over the processes; each is whole only while it runs.
+
+    Embeddings and head, which `hidden_states` and `head` use apart, stay whole everywhere."""
+    mesh = dist.device_mesh.init_device_mesh(hw.device.type, (hw.world,))
+    for block in transformer_blocks(model):
+        dist.fsdp.fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        block.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all processes already
+        block.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model):
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(tensor):
+    """A sharded tensor from all processes' parts, any other as it is. All processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_model(model, folder, hw, *others, replace=False):
+    """save_pretrained of a network, sharded or not, from the first process, into a folder that is there whole or not at all."""
+    state = dict(state_dict={name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}) if is_sharded(model) else {}
+    hw.first(functools.partial(write_folder, replace=replace), folder, lambda path: model.save_pretrained(path, **state), *others)
 
 
 def recompute_activations(student, teacher):
@@ -981,6 +1103,7 @@ def taid(p_logits, q_logits, t):
 
 def taid_step(state, loss, progress, start, end=1.0, delta=5e-4, momentum=0.99):
     """t moves at least linearly, and faster while the loss falls (TAID, algorithm 1). All tensors: no wait for the GPU."""
+    loss = torch.where(torch.isfinite(loss), loss, state["loss"])  # a step that is skipped
     relative = (state["loss"] - loss) / (state["loss"] + 1e-15)
     relative = torch.where(torch.isfinite(state["loss"]), relative, torch.zeros_like(relative))  # first step: no change yet
     state["momentum"] = momentum * state["momentum"] + (1 - momentum) * relative
@@ -1155,8 +1278,9 @@ def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, te
         if look:
             sums.update(measure(p0, p, q, labels) if p is not None else {"student_ce": cross_entropy(q.detach(), labels).sum()})
     if backward:
-        reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
-        torch.autograd.backward([hidden[name] for name in reached], [leaves[name].grad for name in reached])
+        moving = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        gradients = [torch.zeros_like(leaves[name]) if leaves[name].grad is None else leaves[name].grad for name in moving]
+        torch.autograd.backward([hidden[name] for name in moving], gradients)
     return sums
 
 
@@ -1167,7 +1291,7 @@ def run_batch(student, teacher, batch, vocab, hw, losses=None, backward=None, te
 
 def part_seed(seed, part):
     """Seed of one part of a job, so that the part comes out the same wherever the job was interrupted."""
-    return seed * 1_000_003 + part
+    return (seed * 1_000_003 + part) % 2**63
 
 
 @torch.no_grad()
@@ -1175,15 +1299,19 @@ def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sampl
     """Lists of prompt ids -> lists of response ids, in the same order; EOS, where one was written, is kept.
 
     Left-padded batches of prompts of like length, KV cache, eval mode, never beyond the model's positions. sample=True draws
-    at temperature 1 from the whole distribution, and the same seed draws the same text; `vocab` keeps to the first so many
-    tokens; with vocab and a teacher every token is drawn from TEACHER_SHARE p + (1 - TEACHER_SHARE) q. `options` go to transformers' GenerationConfig."""
+    at temperature 1 from the whole distribution, and the same seed draws the same text. With `vocab` the first so many
+    tokens are kept to, a row's text depends on its number and not on the batch it stands in, and with a teacher every token
+    is drawn from TEACHER_SHARE p + (1 - TEACHER_SHARE) q. `options` go to transformers' GenerationConfig. Several processes
+    share the prompts, and each gets all responses."""
     room = positions(model) - max(map(len, prompts))
     config = transformers.GenerationConfig(
-        max_new_tokens=int(min(max_new_tokens, room)), do_sample=sample, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_p=1.0, top_k=0) if sample else {}) | options,
+        max_new_tokens=int(min(max_new_tokens, room)), do_sample=sample and vocab is None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **(dict(temperature=1.0, top_p=1.0, top_k=0) if sample and vocab is None else {}) | options,
     )  # fmt: skip
-    responses, networks = [None] * len(prompts), [network for network in (model, teacher) if network is not None]
+    responses, networks = {}, [network for network in (model, teacher) if network is not None]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # out of memory at once or never
+    order += order[:1] * (-len(order) % hw.world)  # as many for each process: in sharded networks they wait for each other
+    order = order[hw.rank :: hw.world]
     devices = [hw.device] if hw.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), hw.autocast(), eval_mode(*networks):
         torch.manual_seed(seed)
@@ -1196,12 +1324,14 @@ def generate(model, tokenizer, prompts, hw, max_new_tokens, batch_size=32, sampl
                 input_ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 attention_mask[row, width - len(prompts[i]) :] = 1
             input_ids, attention_mask = input_ids.to(hw.device), attention_mask.to(hw.device)
+            drawn = [NextTokens(vocab, teacher, attention_mask, [part_seed(seed, i) for i in rows] if sample else None)] if vocab else []
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config,
-                                    logits_processor=[NextTokens(vocab, teacher, attention_mask)] if vocab else [])  # fmt: skip
+                                    logits_processor=drawn, synced_gpus=is_sharded(model))  # fmt: skip
             for i, ids in zip(rows, output[:, width:].tolist()):
                 end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
                 responses[i] = ids[:end]
-    return responses
+    responses = functools.reduce(dict.__or__, hw.gather(responses))
+    return [responses[i] for i in range(len(prompts))]
 
 
 def rouge_l(prediction, references):
@@ -1241,12 +1371,14 @@ GAMMA = 0.95  # MiniLLM's discount
 
 
 class NextTokens(transformers.LogitsProcessor):
-    """Keeps sampling to the shared vocabulary and, with a teacher, mixes its distribution in, token by token.
+    """Keeps to the shared vocabulary, with a teacher mixes its distribution in, and with seeds draws: token by token.
 
-    The teacher has its own KV cache and reads every new token once."""
+    The teacher has its own KV cache and reads every new token once. Every row has its own random numbers, so that its text
+    is the same in any batch and any process; what is drawn alone keeps a finite score, for a greedy search to find."""
 
-    def __init__(self, vocab, teacher, attention_mask):
+    def __init__(self, vocab, teacher, attention_mask, seeds=None):
         self.vocab, self.teacher, self.mask, self.cache = vocab, teacher, attention_mask, None
+        self.chances = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
         self.positions = teacher is not None and "position_ids" in inspect.signature(without_peft(teacher).forward).parameters
 
     def __call__(self, input_ids, scores):
@@ -1261,11 +1393,17 @@ class NextTokens(transformers.LogitsProcessor):
             output = self.teacher(**inputs)
             self.cache = output.past_key_values
             log_q = mix(output.logits[:, -1, : self.vocab].float().log_softmax(-1), log_q, TEACHER_SHARE)
+        if self.chances:
+            mass = log_q.exp().cumsum(-1)
+            draw = torch.stack([torch.rand(1, generator=chance) for chance in self.chances]).to(mass.device) * mass[:, -1:]
+            token = torch.searchsorted(mass, draw, right=True).clamp_max(self.vocab - 1)
+            log_q = torch.full_like(log_q, -math.inf).scatter(1, token, 0.0)
         return F.pad(log_q, (0, scores.size(1) - self.vocab), value=-math.inf)
 
 
 class Text:
-    """The rows that the losses are measured on, by `args.text`. `state` is all that a resume needs."""
+    """The rows that the losses are measured on, by `args.text`. `state` is all that a resume needs: the rest depends on the
+    seed and the step alone."""
 
     def __init__(self, args, student, teacher, rows, tokenizer, vocab, hw, seed, steps):
         self.args, self.student, self.teacher, self.rows = args, student, teacher, rows
@@ -1276,6 +1414,14 @@ class Text:
     def __call__(self, step):
         source = dict(data=self.data, teacher=self.data, student=self.written, adaptive=self.adaptive, mixture=self.mixture)
         return source[self.args.text](step)  # the teacher's text was put in place of the gold one by `teacher_text`
+
+    def saved_state(self):
+        rows = {name: [dataclasses.asdict(row) for row in self.state[name]] for name in ("replay", "rollouts")}
+        return self.state | rows | dict(sampling_s=self.sampling_s)
+
+    def load_state(self, saved):
+        self.sampling_s = saved.pop("sampling_s")
+        self.state = saved | {name: [Example(**row) for row in saved[name]] for name in ("replay", "rollouts")}
 
     def chance(self, step):
         """Random numbers of this step, whatever was drawn before."""
@@ -1386,12 +1532,24 @@ def whiten(values):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def adamw(model, lr, weight_decay, hw):
-    """AdamW over what is trainable. Norms and biases, the 1-D weights, are not decayed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trainable if p.ndim >= 2], weight_decay=weight_decay),
-              dict(params=[p for p in trainable if p.ndim < 2], weight_decay=0.0)]  # fmt: skip
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=hw.device.type in ("cuda", "cpu"))
+def adamw(model, lr, weight_decay):
+    """Fused AdamW over what is trainable. Norms and biases, the 1-D weights, are not decayed; sharded weights stand apart."""
+    groups = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            group = groups.setdefault((p.ndim >= 2, isinstance(p, DTensor)), dict(params=[], weight_decay=weight_decay if p.ndim >= 2 else 0.0))
+            group["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), lr=lr, fused=True)
+
+
+def clip(parameters, max_norm):
+    """Scale all gradients, sharded or not, so that together their norm is at most max_norm. -> the norm before."""
+    kinds = [[p for p in parameters if p.grad is not None and isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds if kind]
+    norm = torch.stack(norms).square().sum().sqrt() if len(norms) > 1 else norms[0]
+    for kind in kinds:
+        torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
+    return norm
 
 
 def learning_rate(step, steps, peak, warmup, floor=1e-7):
@@ -1408,22 +1566,69 @@ def lam_at(progress, lam, schedule):
     return lam * {"constant": 1.0, "rise": progress, "fall": 1.0 - progress}[schedule]
 
 
-def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr, steps, seed):
+class Stopped(Exception):
+    """SIGTERM or SIGINT came; args[0] is its number. Everything is on disk."""
+
+
+class Signals:
+    """The first SIGTERM or SIGINT lets a training finish its step and save; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received, self.deferred = 0, False
+
+    def handle(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        if not self.deferred:
+            raise Stopped(number, f"stopped by {signal.Signals(number).name}")
+
+    @contextlib.contextmanager
+    def handled(self):
+        self.received = 0
+        before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def finish_step(self):
+        """Inside, a signal waits for the loop to ask for it."""
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+        if self.received:
+            raise Stopped(self.received, f"stopped by {signal.Signals(self.received).name}")
+
+
+SIGNALS = Signals()
+
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which a training stops
+
+
+@SIGNALS.finish_step()
+def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr, steps, seed, keeper=None):
     """Train the student, and the teacher's module with it when args.teacher_moves. `args` says which method.
 
-    Same batches, schedule and optimizer for every method. -> what the run's table shows."""
+    Same batches, schedule and optimizer for every method. With a `keeper` it goes on from the newest checkpoint and writes
+    its own. -> what the run's table shows. Raises Stopped after a signal, UserError when no gradient is finite any more."""
     device = hw.device
     hw.reset_peak_memory()  # that of a warm start is not this training's
     student.train()  # the teacher stays in eval mode: a dropped-out teacher would be another teacher every step
-    optimizers = {"student": (student, adamw(student, lr, args.weight_decay, hw))}
+    optimizers = {"student": (student, adamw(student, lr, args.weight_decay))}
     if args.teacher_moves:
-        optimizers["teacher"] = (teacher, adamw(teacher, lr * args.teacher_lr_ratio, args.weight_decay, hw))
+        optimizers["teacher"] = (teacher, adamw(teacher, lr * args.teacher_lr_ratio, args.weight_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=hw.dtype == torch.float16)
     taid_state = dict(t=torch.tensor(args.taid_start, device=device), momentum=torch.zeros((), device=device),
                       loss=torch.full((), math.inf, device=device))  # fmt: skip
+    skipped = dict(total=torch.zeros((), device=device), in_a_row=torch.zeros((), device=device))
     text = Text(args, student, teacher, data["train"], tokenizer, vocab, hw, seed, steps)
     eval_every = args.eval_every or max(50, steps // 5)
-    torch.manual_seed(seed)
 
     def new_window():  # sums since the last report, how often each was added to, tokens, steps, start
         return Counter(), Counter(), 0, 0, time.perf_counter()
@@ -1431,19 +1636,29 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
     def dev():
         return evaluate(args, student, teacher, data["dev"][: args.eval_rows], tokenizer, vocab, hw)
 
-    start, evaluation_s = time.perf_counter(), 0.0
+    # Where to begin. The order of the data, the text and the dropout of a step depend on its number and the seed alone.
+    start, evaluation_s, first_step = time.perf_counter(), 0.0, 0
     first_dev = last_dev = None
-    if data.get("dev") and args.eval_rows and teacher is not None:
+    window, times_seen, window_tokens, window_steps, window_start = new_window()
+    if keeper is not None and (found := keeper.load()):
+        tensors, values = found
+        unpack(tensors, optimizers, taid=taid_state, skipped=skipped)
+        scaler.load_state_dict(values["scaler"]), text.load_state(values["text"])
+        first_step, evaluation_s, first_dev, last_dev = (values[name] for name in ("step", "evaluation_s", "first_dev", "last_dev"))
+        window, times_seen, window_tokens, window_steps = *map(Counter, values["window"][:2]), *values["window"][2:4]
+        window_start, start = time.perf_counter() - values["window"][4], start - values["seconds"]
+    elif data.get("dev") and args.eval_rows and teacher is not None:
         first_dev = last_dev = dev()
         text.validated(first_dev["student_ce"])
         evaluation_s += time.perf_counter() - start
         report(phase, 0, {f"dev/{name}": value for name, value in first_dev.items()})
-    window, times_seen, window_tokens, window_steps, window_start = new_window()
+        window_start = time.perf_counter()
     timed = []  # (rows, seconds of the step so far) for --benchmark
-    bar = tqdm(range(steps), desc=phase, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    bar = tqdm(range(first_step, steps), desc=phase, initial=first_step, total=steps, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     for step in bar:
         # Whose text.
+        torch.manual_seed(part_seed(part_seed(seed, step), hw.rank))
         examples = text(step)
         tokens = sum(len(example.response_ids) for example in examples)  # of the whole batch, whatever its split
 
@@ -1465,26 +1680,35 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
         asked = teacher if look or teacher_trains or args.student_ce_weight < 1 else None
         need_p0 = asked is not None and args.teacher_moves and (look or (teacher_trains and args.anchor > 0))
         sums, looked = Counter(), Counter()
-        for rows in micro_batches(examples, args):
+        for rows in micro_batches(examples, args, hw):
             part = run_batch(student, asked, collate(rows, tokenizer.pad_token_id).to(device), vocab, hw, losses,
                              lambda total: scaler.scale(total / tokens).backward(), teacher_trains, need_p0, look)  # fmt: skip
             for name, value in part.items():
                 (sums if name.endswith("_loss") else looked)[name] += value
+        sums = hw.total(sums, ["student_loss", "teacher_loss"][: 1 + teacher_trains])
 
-        # Step. The module walks at its own, smaller rate.
+        # Step. The module walks at its own, smaller rate. A step whose gradient is not finite is skipped on the device.
+        no_step = torch.zeros((), device=device)
         for name, (model, optimizer) in optimizers.items():
             if name == "teacher" and not teacher_trains:
                 continue
             rate = learning_rate(step, steps, lr, args.warmup) * (args.teacher_lr_ratio if name == "teacher" else 1)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            scaler.unscale_(optimizer)
             trainable = [p for p in model.parameters() if p.requires_grad]
+            hw.sum_gradients(trainable)
+            scaler.unscale_(optimizer)
+            norm = clip(trainable, args.max_grad_norm or math.inf)
             times_seen[f"{name}_grad_norm"] += 1
-            window[f"{name}_grad_norm"] += torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm or math.inf)
+            window[f"{name}_grad_norm"] += norm
+            if not scaler.is_enabled():  # what a GradScaler tells a fused optimizer
+                optimizer.found_inf = (~norm.isfinite()).float()
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+            no_step = torch.maximum(no_step, (~norm.isfinite()).float())
         scaler.update()
+        skipped["total"] += no_step
+        skipped["in_a_row"] = (skipped["in_a_row"] + 1) * no_step
         if args.divergence == "taid":
             taid_step(taid_state, sums["student_loss"] / tokens, progress, args.taid_start)
 
@@ -1497,9 +1721,9 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             hw.synchronize()
             seconds = time.perf_counter() - window_start
             metrics = {name: float(value) / times_seen[name] for name, value in window.items()}
-            metrics |= {name: float(value) / tokens for name, value in looked.items()}
-            metrics |= dict(lr=learning_rate(step, steps, lr, args.warmup), tokens_per_s=window_tokens / seconds,
-                            step_s=seconds / window_steps, peak_memory_gb=hw.peak_memory() / 1e9)  # fmt: skip
+            metrics |= {name: float(value) / tokens for name, value in hw.total(looked).items()}
+            metrics |= dict(lr=learning_rate(step, steps, lr, args.warmup), tokens_per_s=window_tokens / seconds, step_s=seconds / window_steps,
+                            peak_memory_gb=hw.peak_memory() / 1e9, skipped_steps=float(skipped["total"]))  # fmt: skip
             if args.teacher_moves:
                 metrics["lam"] = lam
             if args.text == "adaptive":
@@ -1520,6 +1744,22 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             timed.append((examples, time.perf_counter()))
         if look:  # the clock of the next window starts after the looks at the dev rows
             window, times_seen, window_tokens, window_steps, window_start = new_window()
+
+        # Survive.
+        stuck = look and skipped["in_a_row"] >= MAX_SKIPPED
+        signalled = hw.any(SIGNALS.received)
+        if keeper is not None and (stuck or signalled or (args.save_every and (step + 1) % args.save_every == 0)):
+            now = time.perf_counter()
+            sums_so_far = {name: float(value) for name, value in window.items()}
+            values = dict(step=step + 1, seconds=now - start, evaluation_s=evaluation_s, first_dev=first_dev, last_dev=last_dev,
+                          window=[sums_so_far, times_seen, window_tokens, window_steps, now - window_start],
+                          scaler=scaler.state_dict(), text=text.saved_state())  # fmt: skip
+            keeper.save(step + 1, pack(optimizers, taid=taid_state, skipped=skipped), values)
+        if stuck:
+            raise UserError(f"{phase}, step {step + 1}: the last {int(skipped['in_a_row'])} gradients were not finite, and their steps were skipped. The "
+                            "weights of the last good step are kept; try a smaller --lr or --lam, or --precision fp32")  # fmt: skip
+        if signalled:
+            raise Stopped(signalled, f"stopped by {signal.Signals(signalled).name} after step {step + 1} of {phase}")
     bar.close()
     student.eval()
     return dict(seconds=time.perf_counter() - start - evaluation_s, sampling_s=text.sampling_s, timed=timed, first_dev=first_dev, last_dev=last_dev)
@@ -1530,11 +1770,11 @@ def evaluate(args, student, teacher, examples, tokenizer, vocab, hw):
     """Means over the response tokens of `examples` of everything in `measure`, the student's dropout off."""
     sums = Counter()
     with eval_mode(student):
-        for rows in micro_batches(examples, args):
+        for rows in micro_batches(examples, args, hw):
             batch = collate(rows, tokenizer.pad_token_id).to(hw.device)
             sums.update(run_batch(student, teacher, batch, vocab, hw, need_p0=args.teacher_moves, look=True))
     tokens = sum(len(example.response_ids) for example in examples)
-    return {name: float(value) / tokens for name, value in sums.items()}
+    return {name: float(value) / tokens for name, value in hw.total(sums).items()}
 
 
 def collapsed(first, now):
@@ -1552,15 +1792,32 @@ class Report:
     """One dict of metrics, three readers: the progress bar (or the console), metrics.jsonl, and wandb under --track."""
 
     def __init__(self, folder, wandb_run=None):
-        self.file = open(folder / "metrics.jsonl" if folder else os.devnull, "a", buffering=1)
+        self.path = folder / "metrics.jsonl" if folder else pathlib.Path(os.devnull)
+        self.file = open(self.path, "a", buffering=1)
         self.wandb_run = wandb_run
         self.start, self.printed = time.perf_counter(), {}
 
+    def cut_back(self, phase, step):
+        """Forget what a run that goes on will report again: this phase after `step`, and the end."""
+        if self.path.is_file():
+            records = whole_lines(self.path)
+            kept = [r for r in records if r["phase"] not in (phase, "final") or (r["phase"] == phase and r["step"] <= step)]
+            self.file.close()
+            temporary = self.path.with_name("metrics.jsonl.tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            temporary.replace(self.path)
+            self.file = open(self.path, "a", buffering=1)
+            self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+
     def __call__(self, phase, step, metrics, bar=None):
-        record = dict(phase=phase, step=step, seconds=round(time.perf_counter() - self.start, 3), **metrics)
-        self.file.write(json.dumps(record) + "\n")
-        if self.wandb_run is not None and phase == "distil":
-            self.wandb_run.log(metrics | {"step": step})
+        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
+        record = dict(phase=phase, step=step, seconds=round(time.perf_counter() - self.start, 3), **finite)
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            if self.wandb_run is not None and phase == "distil":
+                self.wandb_run.log(metrics | {"step": step})
+        except Exception as error:  # a full disk, a wandb that has gone: training matters more than its log
+            print(f"a report at step {step} was lost ({one_line(error)}); the run goes on", file=sys.stderr)
         shown = {name.split("/")[1]: f"{value:.3g}" for name, value in metrics.items()
                  if name.split("/")[1] in ("student_loss", "teacher_loss", "student_ce", "fkl", "tokens_per_s")}  # fmt: skip
         if bar is not None and not bar.disable:
@@ -1572,15 +1829,122 @@ class Report:
             print(f"  {phase} step {step}/{bar.total}{kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
-def write_folder(folder, *savers):
-    """Call every saver on a temporary folder, then rename: the folder is there whole or not at all."""
+def write_folder(folder, *savers, replace=False):
+    """Call every saver on a temporary folder, force it to the disk, rename: the folder is there whole or not at all."""
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    for save in savers:
-        save(temporary)
-    if folder.exists():  # another process was faster, with the same content
-        shutil.rmtree(temporary)
-    else:
-        temporary.rename(folder)
+    try:
+        temporary.mkdir(parents=True)
+        for save in savers:
+            save(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            force_to_disk(path)
+        if replace and folder.exists():
+            shutil.rmtree(folder)
+        if not folder.exists():  # else another process was faster, with the same content
+            temporary.rename(folder)
+            force_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def force_to_disk(path):
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def pack(optimizers, **states):
+    """Everything that training changes -> {name: tensor on the CPU}. All processes must ask for it."""
+    tensors = {f"{group}/{name}": value for group, state in states.items() for name, value in state.items()}
+    for network, (model, optimizer) in optimizers.items():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                values = dict(weight=p.detach(), **optimizer.state[p])
+                tensors |= {f"{network}/{name}/{what}": value for what, value in values.items()}
+    return {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def unpack(tensors, optimizers, **states):
+    """The inverse of `pack`, into networks and optimizers as they are sharded now."""
+    for group, state in states.items():
+        for name, value in state.items():
+            state[name] = tensors[f"{group}/{name}"].to(value.device)
+    for network, (model, optimizer) in optimizers.items():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                values = {what: tensors.get(f"{network}/{name}/{what}") for what in ("weight", "step", "exp_avg", "exp_avg_sq")}
+                values = {what: value.to(p.device) for what, value in values.items() if value is not None}
+                if isinstance(p, DTensor):
+                    values = {what: distribute_tensor(value, p.device_mesh, p.placements) if value.ndim else value for what, value in values.items()}
+                p.copy_(values.pop("weight"))
+                optimizer.state[p] = values
+
+
+class Checkpoints:
+    """The last --keep states of one training: <run>/checkpoints/<phase>-<step> with tensors.safetensors, state.json and the
+    sha256 of both. An older one goes only when a newer one is on the disk whole."""
+
+    def __init__(self, folder, phase, args, hw, report):
+        self.folder, self.phase, self.keep, self.hw, self.report = folder / "checkpoints", phase, args.keep, hw, report
+
+    def paths(self):
+        return sorted(self.folder.glob(f"{self.phase.replace(' ', '-')}-{'[0-9]' * 8}"))
+
+    def save(self, step, tensors, values):
+        if self.hw.rank:
+            return
+
+        def write(path):
+            safetensors.torch.save_file(tensors, path / "tensors.safetensors")
+            (path / "state.json").write_text(json.dumps(values))
+            (path / "sha256.json").write_text(json.dumps(self.sums(path)))
+
+        path = self.folder / f"{self.phase.replace(' ', '-')}-{step:08d}"
+        try:
+            write_folder(path, write)
+        except (OSError, safetensors.SafetensorError) as error:
+            print(f"{path} could not be written ({one_line(error)}); the run goes on, and what was kept before stays", file=sys.stderr)
+        else:
+            for old in self.paths()[: -self.keep]:
+                shutil.rmtree(old)
+
+    def load(self):
+        """-> (tensors, values) of the newest whole checkpoint, or None without any. Raises UserError when all are damaged."""
+        path = self.hw.first(self.newest)
+        values = json.loads((path / "state.json").read_text()) if path else None
+        if self.hw.rank == 0:
+            self.report.cut_back(self.phase, values["step"] if path else -1)
+        if path:
+            print(f"{self.phase}: goes on after step {values['step']}, from {path}")
+            return safetensors.torch.load_file(path / "tensors.safetensors"), values
+
+    def newest(self):
+        for left in self.folder.glob("*.tmp-*"):  # of a save that was killed
+            shutil.rmtree(left)
+        paths = self.paths()
+        for path in reversed(paths):
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads((path / "sha256.json").read_text()) == self.sums(path):
+                    return path
+            print(f"{path} is damaged and was put aside; the one before it is used", file=sys.stderr)
+            path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+        if paths:
+            raise UserError(f"every checkpoint in {self.folder} is damaged; without --resume the run begins anew, in another folder")
+
+    @staticmethod
+    def sums(path):
+        found = {}
+        for name in ("tensors.safetensors", "state.json"):
+            digest = hashlib.sha256()
+            with open(path / name, "rb") as file:
+                while block := file.read(2**22):
+                    digest.update(block)
+            found[name] = digest.hexdigest()
+        return found
 
 
 def fingerprint(name):
@@ -1612,9 +1976,9 @@ def teacher_text(args, teacher, source, rows, tokenizer, vocab, hw):
     path = pathlib.Path(args.cache_dir).resolve() / f"text-{short_name(args.teacher)}-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     chunk, start = 8 * args.batch_size, time.perf_counter()
-    written = whole_lines(path)
+    written = hw.first(whole_lines, path)
     chunks = range(len(written) * chunk, len(rows), chunk)
-    with open(path, "a") as file:
+    with open(path if hw.rank == 0 else os.devnull, "a") as file:
         for first in tqdm(chunks, desc="teacher writes", disable=not sys.stderr.isatty() or not chunks, dynamic_ncols=True):
             prompts = [row.prompt_ids for row in rows[first : first + chunk]]
             written.append(generate(teacher, tokenizer, prompts, hw, args.max_new_tokens, args.batch_size, True, part_seed(args.seed, first), vocab))
@@ -1662,7 +2026,7 @@ def cache_trunk(args, teacher, source, rows, tokenizer, hw):
     return rows
 
 
-def warm_start(args, role, data, tokenizer, hw, report):
+def warm_start(args, role, data, tokenizer, hw, report, folder):
     """Fine-tune `role` on gold text unless a model with the same key is kept already. -> (its name or folder, seconds).
 
     The key holds all that determines the weights; the weights are always read back from disk, so that a run which trained
@@ -1678,22 +2042,37 @@ def warm_start(args, role, data, tokenizer, hw, report):
         lora=None if full else [args.lora_rank, args.lora_alpha, args.lora_targets],
         training=[getattr(args, f) for f in ("max_steps", "batch_size", "warmup", "weight_decay", "max_grad_norm", "sft_seed")],
     )  # fmt: skip
-    folder = pathlib.Path(args.cache_dir).resolve() / f"{role}-{short_name(name)}-{key}"
-    if folder.exists():
-        print(f"{role}: warm start kept in {folder}")
-        return str(folder), 0.0
-    model = load_model(name, role, args, torch.float32 if full else hw.dtype).to(hw.device)
+    kept = pathlib.Path(args.cache_dir).resolve() / f"{role}-{short_name(name)}-{key}"
+    if hw.first(kept.exists):
+        print(f"{role}: warm start kept in {kept}")
+        return str(kept), 0.0
+    model = load_model(name, role, args, torch.float32 if full else hw.dtype, **({} if full else quantized(args, hw)))
+    model = on_device(model, hw)
     check_length(model, role, args)
     if not full:
         torch.manual_seed(args.sft_seed)
         model = peft.get_peft_model(model, lora_config(model, args))
+    if args.shard:
+        shard(model, hw)
     steps = count_steps(args, len(rows), epochs)
     sft = dataclasses.replace(args, method="sft", text="data", divergence="fkl", student_ce_weight=1.0, teacher_moves=False,
                               policy_gradient=False)  # fmt: skip
-    result = train(sft, f"{role} sft", model, None, dict(train=rows), tokenizer, head_rows(model), hw, report, lr, steps, args.sft_seed)
-    model = model if full else model.merge_and_unload()
-    write_folder(folder, model.save_pretrained, tokenizer.save_pretrained)
-    return str(folder), result["seconds"]
+    phase = f"{role} sft"
+    keeper = Checkpoints(folder, phase, args, hw, report) if folder else None
+    result = train(sft, phase, model, None, dict(train=rows), tokenizer, head_rows(model), hw, report, lr, steps, args.sft_seed, keeper)
+    save_model(model if full else merged(model, name, role, args, hw), kept, hw, tokenizer.save_pretrained)
+    return str(kept), result["seconds"]
+
+
+def merged(model, name, role, args, hw):
+    """The LoRA of a fine-tuned network merged into its base: when that was sharded or quantized, into a fresh copy."""
+    if not (args.shard or args.teacher_quant):
+        return model.merge_and_unload()
+    weights = {key: whole(value.detach()).cpu() for key, value in model.named_parameters() if "lora_" in key}
+    base = load_model(name, role, args, hw.dtype)
+    model = peft.get_peft_model(base, lora_config(base, args))
+    model.load_state_dict(weights, strict=False)
+    return model.merge_and_unload()
 
 
 def count_steps(args, rows, epochs):
@@ -1706,15 +2085,25 @@ def short_name(name):
 
 
 def start_wandb(args, folder):
-    """A run of Weights & Biases whose config is the flags, whose name is the folder's."""
+    """A run of Weights & Biases whose config is the flags, whose name is the folder's; the one it had, when it goes on.
+
+    Without a connection the run is logged offline, or not at all: it goes on anyway."""
     import wandb
 
+    kept = folder / "wandb.json"
+    known = json.loads(kept.read_text()) if kept.exists() else dict(project=args.wandb_project, entity=args.wandb_entity)
     group = args.wandb_group or f"{short_name(args.student)}-from-{short_name(args.teacher)}"
-    run = wandb.init(project=args.wandb_project, entity=args.wandb_entity, group=group, name=folder.name,
-                     config=dataclasses.asdict(args), dir=str(folder), save_code=True)  # fmt: skip
-    run.define_metric("*", step_metric="step")
-    (folder / "wandb.json").write_text(json.dumps(dict(id=run.id, project=args.wandb_project, entity=args.wandb_entity)) + "\n")
-    return run
+    options = dict(**known, group=group, name=folder.name, config=dataclasses.asdict(args), dir=str(folder), save_code=True,
+                   resume="allow" if "id" in known else None)  # fmt: skip
+    for mode in (None, "offline"):
+        try:
+            run = wandb.init(**options, mode=mode)
+        except Exception as error:  # wandb's own, the HTTP library's or the system's
+            print(f"wandb is not reachable ({one_line(error)}): " + ("trying offline" if mode is None else "the run goes on without it"), file=sys.stderr)
+            continue
+        run.define_metric("*", step_metric="step")
+        kept.write_text(json.dumps(dict(id=run.id, project=args.wandb_project, entity=args.wandb_entity)) + "\n")
+        return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1726,10 +2115,18 @@ def distil(args):
     """The whole job: data, warm starts, distillation, scores. -> the run's folder. Raises UserError."""
     args = resolve(args)
     hw = pick_hardware(args)
-    stamp = time.strftime("%m%d-%H%M%S")
+    if args.cache_teacher_trunk and hw.world > 1:
+        raise UserError("--cache-teacher-trunk works in one process")
+    if args.shard and hw.world == 1:
+        raise UserError("--shard needs several processes: torchrun --nproc-per-node=N okd.py ...")
+    if args.shard and hw.dtype == torch.float16:
+        raise UserError("--shard works in bf16 and fp32: choose a --precision")
+    if hw.rank:  # one process speaks, and one writes
+        sys.stdout = open(os.devnull, "w")
+    stamp = hw.first(time.strftime, "%m%d-%H%M%S")
     folder = pathlib.Path(args.output_dir or f"runs/{args.method}-{short_name(args.student)}-{short_name(args.teacher)}-s{args.seed}-{stamp}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds a run or other files: choose another --output-dir")
+    if not args.resume and hw.first(lambda: folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise UserError(f"{folder} already holds a run or other files: choose another --output-dir, or go on with --resume {folder}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between peft and transformers, not us
@@ -1739,24 +2136,48 @@ def distil(args):
     tokenizer, student_tokenizer = load_tokenizer(args.teacher, args), load_tokenizer(args.student, args)
     check_same_tokenizer(tokenizer, student_tokenizer)
     data = load_data(args, tokenizer)
-    print(f"{args.method} on {hw.device} in {str(hw.dtype).removeprefix('torch.')}: "
+    print(f"{args.method} on {f'{hw.world} x ' if hw.world > 1 else ''}{hw.device} in {str(hw.dtype).removeprefix('torch.')}: "
           + ", ".join(f"{len(data[split])} {split}" for split in ("train", "dev", "test")) + " rows")  # fmt: skip
-    if args.benchmark:
+    if args.benchmark or hw.rank:
         report = Report(None)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        checkpoints = folder / "checkpoints"  # there until the run has ended
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
         report = Report(folder, start_wandb(args, folder) if args.track else None)
+    try:
+        run(args, folder, data, tokenizer, student_tokenizer, hw, report)
+    except (Stopped, RuntimeError, MemoryError) as error:
+        go_on = "" if args.benchmark else f"; go on with: python okd.py --resume {folder}"
+        if isinstance(error, Stopped):
+            raise Stopped(error.args[0], error.args[1] + go_on) from None
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise UserError("out of memory: lower --micro-batch-tokens (training) or --batch-size (sampling and scoring, too), or use "
+                            f"--gradient-checkpointing, --precision bf16, --teacher-quant or --shard{go_on}") from error  # fmt: skip
+        raise
+    if not args.benchmark and hw.rank == 0:
+        shutil.rmtree(folder / "checkpoints")
+    return folder
 
-    teacher_source, teacher_s = warm_start(args, "teacher", data, tokenizer, hw, report)
-    student_source, student_s = warm_start(args, "student", data, tokenizer, hw, report)
-    teacher = load_model(teacher_source, "teacher", args, hw.dtype, dropout=False).requires_grad_(False).to(hw.device)
-    student = load_model(student_source, "student", args, torch.float32).to(hw.device)
+
+def run(args, folder, data, tokenizer, student_tokenizer, hw, report):
+    """`distil` once flags, data and folder are known to be good."""
+    kept_in = None if args.benchmark else folder
+    teacher_source, teacher_s = warm_start(args, "teacher", data, tokenizer, hw, report, kept_in)
+    student_source, student_s = warm_start(args, "student", data, tokenizer, hw, report, kept_in)
+    teacher = load_model(teacher_source, "teacher", args, hw.dtype, dropout=False, **quantized(args, hw)).requires_grad_(False)
+    student = load_model(student_source, "student", args, torch.float32)
+    teacher, student = on_device(teacher, hw), on_device(student, hw)
     check_length(teacher, "teacher", args), check_length(student, "student", args)
     vocabs = [head_rows(model) for model in (teacher, student)]
     vocab = min(vocabs)
     if vocabs[0] != vocabs[1]:
         print(f"heads of {vocabs[0]} (teacher) and {vocabs[1]} (student) rows: both are cut to the {vocab} they share")
+    if args.teacher_moves:
+        teacher = add_online_module(teacher, args)
+    if args.shard:
+        shard(teacher, hw), shard(student, hw)
 
     clock, test = time.perf_counter(), data["test"][: args.score_rows]
     scores = {"teacher": score(args, teacher, tokenizer, test, hw),
@@ -1765,8 +2186,6 @@ def distil(args):
     writing_s = 0.0
     if args.text == "teacher":
         data["train"], writing_s = teacher_text(args, teacher, teacher_source, data["train"], tokenizer, vocab, hw)
-    if args.teacher_moves:
-        teacher = add_online_module(teacher, args)
     if args.cache_teacher_trunk:
         data["train"] = cache_trunk(args, teacher, teacher_source, data["train"], tokenizer, hw)
     if args.gradient_checkpointing:
@@ -1777,18 +2196,56 @@ def distil(args):
     if args.benchmark:
         return print_benchmark(args, student, teacher, data, tokenizer, vocab, hw, report)
     steps = count_steps(args, len(data["train"]), args.epochs)
-    result = train(args, "distil", student, teacher, data, tokenizer, vocab, hw, report, args.lr, steps, args.seed)
+    keeper = Checkpoints(folder, "distil", args, hw, report)
+    result = train(args, "distil", student, teacher, data, tokenizer, vocab, hw, report, args.lr, steps, args.seed, keeper)
     result["sampling_s"] += writing_s
     result["seconds"] += writing_s
-    write_folder(folder / "student", student.save_pretrained, student_tokenizer.save_pretrained)
+    save_model(student, folder / "student", hw, student_tokenizer.save_pretrained, replace=True)  # one of before a resume
     if args.teacher_moves:
-        write_folder(folder / "teacher_lora", teacher.save_pretrained)
+        save_model(teacher, folder / "teacher_lora", hw, replace=True)
     if test:
         clock = time.perf_counter()
         scores[f"student, {args.method}"] = score(args, student, tokenizer, test, hw)
         scoring_s += time.perf_counter() - clock
     summarize(args, folder, report, scores, result, dict(teacher=teacher_s, warm=student_s, scoring=scoring_s), test)
-    return folder
+
+
+def resumed(flags, argv):
+    """Flags with --resume -> those of the run to go on with; as they are, when `auto` finds none. Raises UserError."""
+    folder = unfinished(flags) if flags.resume == "auto" else pathlib.Path(flags.resume)
+    if folder is None:
+        return dataclasses.replace(flags, resume=None)
+    stored = stored_flags(folder)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"the run in {folder} has ended: there is nothing to go on with")
+    asked = tyro.cli(Args, args=argv, default=stored, prog="okd.py")
+    changed = [name for name in differing(asked, stored) if name not in CHANGEABLE]
+    if flags.resume != "auto" and changed:
+        raise UserError(f"--{changed[0].replace('_', '-')} is {getattr(stored, changed[0])} in the run that goes on, and stays so; "
+                        "start another run to change it")  # fmt: skip
+    return dataclasses.replace(asked, output_dir=str(folder))
+
+
+def stored_flags(folder):
+    """The args.json of a run's folder -> Args. Raises UserError."""
+    try:
+        return Args(**json.loads((folder / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} is not the folder of a run that can go on: its args.json cannot be read ({one_line(error)})") from error
+
+
+def differing(one, other):
+    return [field.name for field in dataclasses.fields(Args) if getattr(one, field.name) != getattr(other, field.name)]
+
+
+def unfinished(flags):
+    """The newest run with these flags, in --output-dir or runs/, that has not ended; or None."""
+    found = [pathlib.Path(flags.output_dir)] if flags.output_dir else pathlib.Path("runs").glob("*")
+    found = [folder for folder in found if (folder / "args.json").exists() and (folder / "checkpoints").is_dir()]
+    for folder in sorted(found, key=lambda folder: (folder / "args.json").stat().st_mtime, reverse=True):
+        with contextlib.suppress(UserError):
+            if set(differing(resolve(flags), stored_flags(folder))) <= CHANGEABLE:
+                return folder
 
 
 def summarize(args, folder, report, scores, result, seconds, test):
@@ -1838,7 +2295,7 @@ def print_benchmark(args, student, teacher, data, tokenizer, vocab, hw, report, 
     tokens, responses = (sum(sum(map(size, rows)) for rows, _ in steps) for size in (len, lambda row: len(row.response_ids)))
     flops = sum(step_flops(args, student, teacher, rows) for rows, _ in steps) / total
     lines = dict(method=args.method, steps=len(steps), tokens_per_s=round(tokens / total, 1), response_tokens_per_s=round(responses / total, 1),
-                 step_s_median=round(seconds[len(seconds) // 2], 4), step_s_min=round(seconds[0], 4), step_s_max=round(seconds[-1], 4),
+                 step_s_mean=round(total / len(steps), 4), step_s_median=round(seconds[len(seconds) // 2], 4), step_s_min=round(seconds[0], 4), step_s_max=round(seconds[-1], 4),
                  sampling_s=round(result["sampling_s"], 2), peak_memory_gb=round(hw.peak_memory() / 1e9, 3), gflops=round(flops / 1e9, 2),
                  matmul_peak_gflops=round(peak / 1e9, 2), share_of_peak=round(flops / peak, 3))  # fmt: skip
     print(json.dumps(lines))
@@ -1886,13 +2343,22 @@ def times_of(seconds, result):
 
 
 def run_command(job, flags, program, argv):
-    """Parse argv into `flags` and run the job; a UserError is one line and exit code 2."""
+    """Parse argv into `flags` and run the job. A UserError, or a file that cannot be read or written, is one line and exit
+    code 2; a signal ends with 128 + its number."""
     args = tyro.cli(flags, args=argv, prog=program)
     try:
-        job(args)
+        with SIGNALS.handled():
+            job(resumed(args, argv) if getattr(args, "resume", None) else args)
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(f"{program}: {error.strerror or one_line(error)}{where}: check the path, its permissions and the room on its disk", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(f"{program}: {stop.args[-1]}", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
 
 
 def main(argv=None):

@@ -8,16 +8,22 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -731,7 +737,7 @@ def test_a_reported_teacher_loss_is_the_mean_over_the_steps_that_have_one(exampl
 
 
 @pytest.mark.parametrize("method", ["sft", "okd"])
-def test_the_split_into_micro_batches_changes_nothing(examples, tokenizer, method):
+def test_the_split_into_micro_batches_changes_nothing(examples, tokenizer, method, monkeypatch):
     """One batch of eight ragged rows gives the gradient of four of two, of both networks."""
     ends = []
     for split in ({}, dict(micro_batch_size=2), dict(micro_batch_size=3), dict(micro_batch_tokens=90)):
@@ -744,11 +750,9 @@ def test_the_split_into_micro_batches_changes_nothing(examples, tokenizer, metho
             captured[len(captured)] = [p.grad.clone() for p in parameters]
             return torch.zeros(())
 
-        original, torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_, capture
-        try:
+        with monkeypatch.context() as patch:
+            patch.setattr(okd, "clip", capture)
             train_tiny(args, student, teacher, examples, tokenizer, steps=1)
-        finally:
-            torch.nn.utils.clip_grad_norm_ = original
         ends.append(captured)
     assert len(ends[0]) == (2 if method == "okd" else 1)
     for other in ends[1:]:
@@ -777,7 +781,7 @@ def test_every_row_of_the_method_table_trains_with_the_same_metrics(method, fami
     assert changed(start, student)
     train_names = {name for report in reports for name in report if name.startswith("train/")}
     common = {"student_loss", "student_grad_norm", "fkl", "rkl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy",
-              "top1_agreement", "drift", "lr", "tokens_per_s", "step_s", "peak_memory_gb"}  # fmt: skip
+              "top1_agreement", "drift", "lr", "tokens_per_s", "step_s", "peak_memory_gb", "skipped_steps"}  # fmt: skip
     assert {f"train/{name}" for name in common} <= train_names
     assert all("time/sampling_s" in report for report in reports if "train/lr" in report)
     assert (reports[-2]["time/sampling_s"] > 0) == (method in ("imitkd", "gkd", "minillm"))  # distillm's phi starts at 0
@@ -834,11 +838,11 @@ def test_mixed_precision_keeps_float32_masters_and_follows_float32(dtype, exampl
 def test_one_optimizer_owns_the_student_the_other_the_module():
     args = tiny_args()
     teacher = okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
-    optimizer = okd.adamw(teacher, 1e-3, 0.1, CPU)
+    optimizer = okd.adamw(teacher, 1e-3, 0.1)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for name, p in teacher.named_parameters() if "lora_" in name}
     student = tiny()
-    decay = {id(p): group["weight_decay"] for group in okd.adamw(student, 1e-3, 0.1, CPU).param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in okd.adamw(student, 1e-3, 0.1).param_groups for p in group["params"]}
     for name, parameter in student.named_parameters():
         assert decay[id(parameter)] == (0.0 if name.endswith("bias") or "ln_" in name else 0.1), name
 
@@ -1339,7 +1343,7 @@ BAD_FLAGS = [
     (["--cache-teacher-trunk", "--method", "fkl"], "--cache-teacher-trunk needs a moving teacher"),
     (["--cache-teacher-trunk", "--lora-top-layers", "0"], "whose --lora-top-layers is not 0"),
     (["--cache-teacher-trunk", "--lora-top-layers", "2", "--text", "student"], "needs text that stays the same"),
-    (["--batch-size", "0"], "--batch-size is 0; it must lie in [1, inf)"),
+    (["--batch-size", "0"], "--batch-size is 0; it must lie in [1, 2147483648]"),
     (["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
     (["--teacher", "./no/such/folder"], "no model folder ./no/such/folder"),
     (["--lora-targets", "q_projj"], "--lora-targets q_projj: no such layer in the teacher, which has c_attn, c_fc, c_proj"),
@@ -1396,6 +1400,482 @@ def test_help_has_a_text_for_every_flag():
     for field in dataclasses.fields(okd.Args):
         assert "--" + field.name.replace("_", "-") in text, field.name
     assert text.count("(default:") >= len(dataclasses.fields(okd.Args))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Survives: resume, faults, more than one process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no handler of the program sees it."""
+
+
+def long_flags(folders, jsonl, tmp_path, *more, family="gpt2"):
+    return [*small_flags(folders, jsonl, tmp_path, family), "--max-steps", "12", "--epochs", "9", "--save-every", "3", "--log-every", "2",
+            "--eval-every", "5", "--eval-rows", "4", "--teacher-sft-epochs", "0", "--student-sft-epochs", "0", *more]  # fmt: skip
+
+
+def kill_at(monkeypatch, call, target="run_batch", error=Killed):
+    """The `call`-th call of okd.<target> ends the process, as far as the program can tell."""
+    original, calls = getattr(okd, target), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise error("killed")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(okd, target, counted)
+
+
+def weights_of(folder, name="student/model.safetensors"):
+    return safetensors.torch.load_file(folder / name)
+
+
+def metrics_of(folder):
+    """metrics.jsonl without what a clock or the machine decides."""
+    clocks = {"seconds", "train/tokens_per_s", "train/step_s", "train/peak_memory_gb", "time/sampling_s"}
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks and not k.endswith("_s")} for line in open(folder / "metrics.jsonl")]
+
+
+def assert_same_run(folder, expected):
+    ours, theirs = weights_of(folder), weights_of(expected)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert metrics_of(folder) == metrics_of(expected)
+    assert not (folder / "checkpoints").exists()
+
+
+RESUMED = {
+    "okd": [], "taid": [], "gkd": [], "minillm": ["--rollout-passes", "2", "--rollouts", "8"],
+    "distillm": ["--sgo-fraction", "0.7", "--replay-capacity", "8"], "gkd-replay": ["--sgo-source", "replay"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_that_was_killed_ends_bit_identical_to_one_that_was_not(name, folders, jsonl, tmp_path, capsys, monkeypatch):
+    """GPT-2 with dropout, killed between two checkpoints and again later; weights, metrics and the number of records."""
+    flags = ["--method", name.split("-")[0], *RESUMED[name]]
+    assert run(capsys, *long_flags(folders, jsonl, tmp_path / "a", *flags))[0] == 0
+    for number, call in enumerate((8, 4)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, call, "student_loss")
+            run(capsys, *(long_flags(folders, jsonl, tmp_path / "b", *flags) if number == 0 else ["--resume", tmp_path / "b" / "run"]))
+    code, out, _ = run(capsys, "--resume", tmp_path / "b" / "run")
+    assert code == 0 and re.search(r"goes on after step [369]", out)
+    assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+
+
+def test_a_kill_in_a_warm_start_or_in_the_scoring_loses_nothing_either(folders, jsonl, tmp_path, capsys, monkeypatch):
+    warm = ["--teacher-sft-epochs", "1", "--student-sft-epochs", "1"]
+    assert run(capsys, *long_flags(folders, jsonl, tmp_path / "a", *warm))[0] == 0
+    first = long_flags(folders, jsonl, tmp_path / "b", *warm)
+    again = ["--resume", tmp_path / "b" / "run"]
+    said = ""
+    for flags, target, call in ((first, "student_loss", 6), (again, "student_loss", 14), (again, "student_loss", 12), (again, "summarize", 1)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, call, target)
+            run(capsys, *flags)
+        said += capsys.readouterr().out
+    code, out, _ = run(capsys, *again)
+    assert code == 0 and "teacher sft: goes on after step 3" in said + out and "student sft: goes on after step 6" in said + out
+    assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+
+
+# A save packs the tensors, forces three files and their folder to the disk, renames it, and forces the folder above.
+MOMENTS = {"before a byte is written": ("pack", 2, 1), "before the rename": ("force_to_disk", 8, 2), "after the rename": ("force_to_disk", 10, 2)}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_inside_a_save_leaves_the_checkpoint_before(moment, folders, jsonl, tmp_path, capsys, monkeypatch):
+    assert run(capsys, *long_flags(folders, jsonl, tmp_path / "a"))[0] == 0
+    target, call, left = MOMENTS[moment]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(okd.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        kill_at(patch, call, target)
+        run(capsys, *long_flags(folders, jsonl, tmp_path / "b"))
+    kept = sorted(path.name for path in (tmp_path / "b" / "run" / "checkpoints").iterdir())
+    assert kept[0] == "distil-00000003" and len(kept) == left
+    code, out, _ = run(capsys, "--resume", tmp_path / "b" / "run")
+    assert code == 0 and f"goes on after step {6 if moment == 'after the rename' else 3}" in out
+    assert_same_run(tmp_path / "b" / "run", tmp_path / "a" / "run")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+HARM = {
+    "flipped tensors": lambda path: flip(path / "tensors.safetensors"),
+    "flipped state": lambda path: flip(path / "state.json"),
+    "truncated": lambda path: os.truncate(path / "tensors.safetensors", 100),
+    "a file gone": lambda path: (path / "state.json").unlink(),
+    "no sums": lambda path: (path / "sha256.json").write_text("{"),
+}
+
+
+@pytest.fixture
+def killed_at_step_ten(folders, jsonl, tmp_path, capsys, monkeypatch):
+    """A run folder with the checkpoints of steps 6 and 9, beside that of an unbroken run."""
+    assert run(capsys, *long_flags(folders, jsonl, tmp_path / "a"))[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 11, "student_loss")
+        run(capsys, *long_flags(folders, jsonl, tmp_path / "b"))
+    folder = tmp_path / "b" / "run"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["distil-00000006", "distil-00000009"]  # --keep 2
+    return folder, tmp_path / "a" / "run"
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_checkpoint_is_seen_and_the_one_before_used(harm, killed_at_step_ten, capsys):
+    folder, expected = killed_at_step_ten
+    HARM[harm](folder / "checkpoints" / "distil-00000009")
+    code, out, err = run(capsys, "--resume", folder)
+    assert code == 0 and "distil-00000009 is damaged" in err and "goes on after step 6" in out
+    assert_same_run(folder, expected)
+
+
+def test_with_every_checkpoint_damaged_one_line_says_so(killed_at_step_ten, capsys):
+    folder, _ = killed_at_step_ten
+    for path in (folder / "checkpoints").iterdir():
+        HARM["truncated"](path)
+    code, _, err = run(capsys, "--resume", folder)
+    assert code == 2 and "every checkpoint in" in err and "Traceback" not in err
+
+
+def test_what_may_and_may_not_be_resumed(killed_at_step_ten, folders, jsonl, tmp_path, capsys):
+    folder, expected = killed_at_step_ten
+    code, _, err = run(capsys, "--resume", folder, "--lr", "0.5")
+    assert code == 2 and "--lr is 0.0001 in the run that goes on" in err
+    code, _, err = run(capsys, "--resume", expected)
+    assert code == 2 and "has ended" in err
+    code, _, err = run(capsys, "--resume", tmp_path / "nothing")
+    assert code == 2 and "args.json cannot be read" in err
+    code, out, _ = run(capsys, "--resume", folder, "--micro-batch-size", "1", "--keep", "1")  # where and how may change
+    assert code == 0 and "goes on after step 9" in out
+
+
+def test_resume_auto_goes_on_with_the_same_flags_or_begins(folders, jsonl, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for flag in long_flags(folders, jsonl, tmp_path / "b") if flag not in ("--output-dir", tmp_path / "b" / "run")]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 5, "student_loss")
+        run(capsys, *flags, "--resume", "auto")
+    assert len(list(tmp_path.glob("runs/*/args.json"))) == 1
+    code, out, _ = run(capsys, *flags, "--resume", "auto", "--seed", "2", "--output-dir", "runs/other")  # other flags: another run
+    assert code == 0 and "goes on" not in out
+    code, out, _ = run(capsys, *flags, "--resume", "auto")
+    assert code == 0 and "goes on after step 3" in out and len(list(tmp_path.glob("runs/*/args.json"))) == 2
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, folders, jsonl, tmp_path, capsys, monkeypatch):
+    assert run(capsys, *long_flags(folders, jsonl, tmp_path / "a", "--save-every", "0"))[0] == 0
+    with monkeypatch.context() as patch:
+        original, calls = okd.student_loss, []
+
+        def signalled(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 8:
+                os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        patch.setattr(okd, "student_loss", signalled)
+        got, _, err = run(capsys, *long_flags(folders, jsonl, tmp_path / "b", "--save-every", "0"))
+    folder = tmp_path / "b" / "run"
+    assert got == code and f"go on with: python okd.py --resume {folder}" in err and "after step 8" in err
+    assert run(capsys, "--resume", folder)[0] == 0
+    assert_same_run(folder, tmp_path / "a" / "run")
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    ends, signals = [], okd.Signals()
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with pytest.raises(okd.Stopped), signals.finish_step():
+        signals.handle(signal.SIGTERM, None)
+        assert not ends
+        signals.handle(signal.SIGTERM, None)
+        assert ends == [143]
+    with pytest.raises(okd.Stopped):  # outside a training there is no step to finish
+        okd.Signals().handle(signal.SIGINT, None)
+
+
+def test_real_kills_at_random_moments_lose_nothing(folders, jsonl, tmp_path, capsys):
+    """SIGKILL after a random time, up to twenty times, to a process that was forked with okd imported, until the run has ended."""
+    flags = [str(flag) for flag in long_flags(folders, jsonl, tmp_path / "a", "--max-steps", "300", "--epochs", "40", "--save-every", "2")]
+    assert run(capsys, *flags)[0] == 0
+    script = f"""
+import os, random, signal, sys, time
+import torch; torch.set_num_threads(1)
+import okd
+rng, folder = random.Random(5), {str(tmp_path / "b" / "run")!r}
+first = {[str(flag) for flag in long_flags(folders, jsonl, tmp_path / "b", "--max-steps", "300", "--epochs", "40", "--save-every", "2")]!r}
+kills = 0
+while not os.path.exists(folder + "/student"):
+    flags = ["--resume", folder] if os.path.exists(folder + "/args.json") else first
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(os.devnull, "w")
+        okd.main(flags)
+        os._exit(0)
+    if kills < 20:
+        time.sleep(rng.uniform(0.4, 1.2))
+        os.kill(child, signal.SIGKILL)
+        kills += 1
+    os.waitpid(child, 0)
+print(kills)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= 1
+    ours, theirs = weights_of(tmp_path / "b" / "run"), weights_of(tmp_path / "a" / "run")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folders, jsonl, tmp_path, capsys, monkeypatch):
+    """The limit on file sizes is the system's: writing really fails, in the middle of a file."""
+    resource = pytest.importorskip("resource")
+    original, limits = okd.Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_at_six(self, step, *rest):
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            original(self, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if step == 6:
+            assert [path.name for path in self.folder.iterdir()] == ["distil-00000003"]  # nothing half-written, the old one there
+
+    monkeypatch.setattr(okd.Checkpoints, "save", full_at_six)
+    code, _, err = run(capsys, *long_flags(folders, jsonl, tmp_path))
+    assert code == 0 and "distil-00000006 could not be written" in err and (tmp_path / "run" / "student").is_dir()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(dtype, examples, tokenizer, monkeypatch):
+    """The student does not move on the first step, and does on those after it."""
+    original, steps, seen = okd.student_loss, [], []
+
+    def sometimes_nan(*args):
+        steps.append(1)
+        return original(*args) * (math.nan if len(steps) == 1 else 1.0)
+
+    args = tiny_args(method="okd", micro_batch_tokens=10**6, lr=1e-2)
+    student, teacher = tiny(seed=1), okd.add_online_module(tiny(seed=2).requires_grad_(False), args)
+    before = snapshot(student)
+    monkeypatch.setattr(okd, "student_loss", sometimes_nan)
+
+    def report(phase, step, metrics, bar=None):
+        seen.append((metrics["train/skipped_steps"], changed(before, student) != set()))
+
+    train_tiny(args, student, teacher, examples, tokenizer, steps=3, report=report, hw=okd.Hardware(torch.device("cpu"), dtype))
+    assert seen[0] == (1.0, False) and seen[-1][1] and math.isfinite(sum(p.sum().item() for p in student.parameters()))
+
+
+def test_a_training_that_only_skips_stops_with_the_last_good_weights(folders, jsonl, tmp_path, capsys, monkeypatch):
+    original, steps = okd.student_loss, []
+
+    def nan_from_the_fifth(*args):
+        steps.append(1)
+        return original(*args) * (math.nan if len(steps) >= 5 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(okd, "student_loss", nan_from_the_fifth)
+        patch.setattr(okd, "MAX_SKIPPED", 4)
+        code, _, err = run(capsys, *long_flags(folders, jsonl, tmp_path, "--log-every", "1"))
+    assert code == 2 and "step 8: the last 4 gradients were not finite" in err and "Traceback" not in err
+    records = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert records[-1]["train/student_loss"] is None and records[-1]["train/skipped_steps"] == 4
+    kept = safetensors.torch.load_file(tmp_path / "run" / "checkpoints" / "distil-00000008" / "tensors.safetensors")
+    assert all(value.isfinite().all() for name, value in kept.items() if name != "taid/loss")
+    code, out, _ = run(capsys, "--resume", tmp_path / "run")
+    assert code == 0 and "goes on after step 8" in out
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_a_line_that_names_the_flags(error, folders, jsonl, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(okd, "run_batch", lambda *_, **__: (_ for _ in ()).throw(error))
+    code, _, err = run(capsys, *long_flags(folders, jsonl, tmp_path))
+    assert code == 2 and "--micro-batch-tokens" in err and f"--resume {tmp_path / 'run'}" in err and "Traceback" not in err
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(folders, jsonl, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    flags = small_flags(folders, jsonl, tmp_path)
+    for flag in ("--output-dir", "--cache-dir"):
+        bad_flags = [*flags[: flags.index(flag) + 1], tmp_path / "file" / "run", *flags[flags.index(flag) + 2 :]]
+        code, _, err = run(capsys, *bad_flags)
+        assert code == 2 and "Not a directory" in err and "Traceback" not in err
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_a_wandb_that_is_not_there_does_not_stop_the_run(folders, jsonl, tmp_path, capsys, monkeypatch):
+    import wandb
+
+    def unreachable(*args, **kwargs):
+        raise wandb.errors.CommError("network is unreachable")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    code, _, err = run(capsys, *small_flags(folders, jsonl, tmp_path), "--track")
+    assert code == 0 and "the run goes on without it" in err and (tmp_path / "run" / "student").is_dir()
+
+
+def test_a_resumed_run_keeps_its_wandb_id(folders, jsonl, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 5, "student_loss")
+        run(capsys, *long_flags(folders, jsonl, tmp_path, "--track"))
+    first = json.loads((tmp_path / "run" / "wandb.json").read_text())
+    assert run(capsys, "--resume", tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "wandb.json").read_text()) == first and first["id"]
+
+
+def test_a_quantized_teacher_without_the_package_is_one_line(folders, jsonl, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(okd.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run(capsys, *long_flags(folders, jsonl, tmp_path, "--teacher-quant", "4bit"))
+    assert code == 2 and "pip install bitsandbytes" in err
+
+
+def torchrun(processes, *flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", str(ROOT / "okd.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+PARALLEL = {
+    "okd": ["--anchor", "0.1"], "okd sharded": ["--anchor", "0.1", "--shard"], "gkd": ["--method", "gkd"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_two_processes_give_the_losses_and_weights_of_one(name, folders, jsonl, tmp_path, capsys):
+    """Batches of 5 rows, so that one process goes without a row now and then; Llama has no dropout."""
+    flags = ["--batch-size", "5", "--max-steps", "6", "--lr", "1e-3", "--save-every", "4", *PARALLEL[name]]
+    alone = [flag for flag in flags if flag != "--shard"]
+    assert run(capsys, *long_flags(folders, jsonl, tmp_path / "a", *alone, family="llama"))[0] == 0
+    done = torchrun(2, *long_flags(folders, jsonl, tmp_path / "b", *flags, family="llama"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 x cpu" in done.stdout and done.stdout.count("run: ") == 1
+    one, two = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for file in ["student/model.safetensors"] + ["teacher_lora/adapter_model.safetensors"] * ("okd" in name):
+        ours, theirs = weights_of(two, file), weights_of(one, file)
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-5, rtol=1e-3)
+    for ours, theirs in zip(metrics_of(two), metrics_of(one), strict=True):
+        assert ours.pop("phase") == theirs.pop("phase")
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(folders, jsonl, tmp_path, capsys, monkeypatch):
+    flags = ["--max-steps", "8", "--lr", "1e-3"]
+    assert run(capsys, *long_flags(folders, jsonl, tmp_path / "a", *flags, family="llama"))[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 6, "student_loss")
+        run(capsys, *long_flags(folders, jsonl, tmp_path / "b", *flags, family="llama"))
+    done = torchrun(2, "--resume", tmp_path / "b" / "run", "--shard")
+    assert done.returncode == 0 and "goes on after step 3" in done.stdout, done.stderr[-3000:]
+    for name, value in weights_of(tmp_path / "a" / "run").items():
+        torch.testing.assert_close(weights_of(tmp_path / "b" / "run")[name], value, atol=1e-5, rtol=1e-3)
+
+
+def test_every_process_gets_as_many_pieces_and_each_row_goes_to_one(examples):
+    for count in (1, 5, 8):
+        shares = [okd.micro_batches(examples[:count], tiny_args(micro_batch_tokens=100), dataclasses.replace(CPU, rank=rank, world=3)) for rank in range(3)]
+        assert len({len(share) for share in shares}) == 1
+        rows = [row for share in shares for piece in share for row in piece]
+        assert sorted(id(row) for row in rows if row.response_ids) == sorted(map(id, examples[:count]))
+        assert all(len(piece) * max(map(len, piece)) <= 100 for share in shares for piece in share)
+
+
+def test_a_batch_without_a_target_has_zero_gradients(examples):
+    student, teacher = tiny(seed=1), tiny(seed=2).requires_grad_(False)
+    batch = okd.collate([okd.without_target(examples[0])], 0)
+    sums = okd.run_batch(student, teacher, batch, 384, CPU, lambda p0, p, q, *_: dict(loss=okd.fkl(p, q)), lambda total: total.backward())
+    assert not sums and len(batch.labels) == 0 and all(not g.any() for g in gradients(student).values()) and gradients(student)
+
+
+def test_a_rows_sampled_text_does_not_depend_on_its_batch_and_follows_the_distribution(tokenizer):
+    model, prompts = tiny("llama", 5), [[70 + i, 80, 90] for i in range(6)]
+    draw = lambda **options: okd.generate(model, tokenizer, prompts, CPU, 8, sample=True, seed=3, vocab=384, **options)  # noqa: E731
+    assert draw(batch_size=6) == draw(batch_size=2) and draw() != okd.generate(model, tokenizer, prompts, CPU, 8, sample=True, seed=4, vocab=384)
+    scores = torch.tensor([[0.0, 1.0, 2.0, -math.inf, 0.5, 9.0]]).expand(4000, -1)
+    tokens = okd.NextTokens(5, None, None, range(4000))(None, scores).argmax(-1)
+    share = torch.bincount(tokens, minlength=6) / 4000
+    torch.testing.assert_close(share, torch.cat([scores[0, :5].softmax(-1), torch.zeros(1)]), atol=0.025, rtol=0)
+    assert share[3] == share[5] == 0
+
+
+def test_no_pickle_no_network_and_no_foreign_code_by_default(folders, jsonl, tmp_path, capsys, monkeypatch):
+    for file in ("okd.py", "eval.py"):
+        source = (ROOT / file).read_text()
+        assert "import torch" in source and not re.search(r"\bpickle\b|torch\.(load|save)\(|(?<![.\w])eval\(", source)
+    assert okd.Args().trust_remote_code is False
+
+    def refused(*_):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    assert run(capsys, *small_flags(folders, jsonl, tmp_path))[0] == 0
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
+
+
+def test_weights_in_pickle_are_not_loaded(folders, jsonl, tmp_path, capsys):
+    shutil.copytree(folders / "gpt2" / "teacher", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(tiny().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    flags = [tmp_path / "pickled" if flag == folders / "gpt2" / "teacher" else flag for flag in small_flags(folders, jsonl, tmp_path)]
+    code, _, err = run(capsys, *flags)
+    assert code == 2 and "cannot load the teacher" in err and "Traceback" not in err
+
+
+def test_fuzzed_rows_are_read_or_refused_in_one_line(tokenizer, tmp_path):
+    """Three thousand files of damaged JSONL: bytes flipped, cut, doubled; fields of every type."""
+    rng, path, outcomes = random.Random(1), tmp_path / "rows.jsonl", Counter()
+    junk = [None, True, -1, 1e400, "", " ", "\u0000", "x" * 300, "\ud800", [], [""], ["a", 1], {}, {"content": 1}, [{"role": "assistant", "content": "a"}] * 2,
+            [{"role": "user"}], "</s>", "<extra_id_0>"]  # fmt: skip
+    names = ["instruction", "input", "output", "prompt", "response", "messages", "text"]
+    for _ in range(3000):
+        if rng.random() < 0.5:
+            content = "".join(json.dumps(row) + "\n" for row in okd.demo_rows(3, seed=rng.randrange(99))).encode()
+            content = bytearray(content)
+            for _ in range(rng.randrange(1, 4)):
+                at = rng.randrange(len(content) + 1)
+                content[at : at + rng.randrange(4)] = rng.choice((rng.randbytes(rng.randrange(5)), b"\n", b'"', b"{", b"\xef\xbb\xbf", b"\\u", b"[" * 2000))
+        else:
+            row = {name: rng.choice(junk) for name in rng.sample(names, rng.randrange(len(names)))}
+            content = json.dumps(row).encode() + rng.choice((b"", b"\n", b"\r\n"))
+        path.write_bytes(content)
+        try:
+            rows = okd.encode(okd.read_jsonl(path), tokenizer, tiny_args(), str(path))
+            assert rows and all(row.prompt_ids and row.response_ids for row in rows)
+            outcomes["read"] += 1
+        except okd.UserError as error:
+            assert "\n" not in str(error), content
+            outcomes["refused"] += 1
+    assert min(outcomes["read"], outcomes["refused"]) > 100
+
+
+def test_fuzzed_flags_end_in_a_run_or_in_one_line(folders, jsonl, tmp_path, capsys):
+    rng = random.Random(2)
+    fields = [field for field in dataclasses.fields(okd.Args) if field.name not in ("teacher", "student", "data", "output_dir", "cache_dir", "track",
+              "device", "max_steps", "benchmark", "epochs", "compile", "rollouts", "max_new_tokens", "score_rows", "eval_rows")]  # fmt: skip
+    values = ["0", "1", "2", "-1", "1e9", "nan", "inf", "-inf", "0.5", "1e-300", "", "x", "None", "True", "99999999999999999999", "jsd", "student", "../x", "\u2603"]
+    codes = Counter()
+    for number in range(120):
+        flags = small_flags(folders, jsonl, tmp_path / str(number))
+        for field in rng.sample(fields, rng.randrange(1, 3)):
+            flags += ["--" + field.name.replace("_", "-"), rng.choice(values)]
+        code, _, err = run(capsys, *flags, "--max-steps", "1", "--eval-rows", "2", "--score-rows", "1", "--teacher-sft-epochs", "0", "--student-sft-epochs", "0")
+        codes[code] += 1
+        assert code in (0, 2), (flags, err)
+        assert "Traceback" not in err, flags
+        folder = tmp_path / str(number) / "run"
+        assert code == 0 or not (folder / "student").exists()
+        assert not list((tmp_path / str(number)).rglob("*.tmp-*"))
+    assert codes[0] > 5 and codes[2] > 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
