@@ -337,6 +337,7 @@ def resolve(args):
         require(args.teacher_quant is None, "--shard and --teacher-quant do not go together: choose one")
         require(args.text != "mixture", "--shard cannot sample from the mixture of two networks: --text mixture needs them whole")
         require(not args.cache_teacher_trunk, "--shard and --cache-teacher-trunk do not go together: choose one")
+        require(not args.compile, "--shard and --compile do not go together: choose one")
     if args.teacher_moves:
         require(not (args.lam > 0 and args.teacher_ce_weight == 0 and args.anchor == 0),
                 "--lam > 0 with neither --teacher-ce-weight nor --anchor: teacher and student would only meet each other "
@@ -2039,7 +2040,7 @@ def warm_start(args, role, data, tokenizer, hw, report, folder):
     key = cache_key(
         role=role, full=full, epochs=epochs, lr=lr, source=fingerprint(name), data=fingerprint_rows(rows),
         config=demo_config(role).to_dict() if name == "demo" else None, hardware=[hw.device.type, str(hw.dtype)],
-        lora=None if full else [args.lora_rank, args.lora_alpha, args.lora_targets],
+        lora=None if full else [args.lora_rank, args.lora_alpha, args.lora_targets, args.teacher_quant],
         training=[getattr(args, f) for f in ("max_steps", "batch_size", "warmup", "weight_decay", "max_grad_norm", "sft_seed")],
     )  # fmt: skip
     kept = pathlib.Path(args.cache_dir).resolve() / f"{role}-{short_name(name)}-{key}"
@@ -2151,7 +2152,7 @@ def distil(args):
     except (Stopped, RuntimeError, MemoryError) as error:
         go_on = "" if args.benchmark else f"; go on with: python okd.py --resume {folder}"
         if isinstance(error, Stopped):
-            raise Stopped(error.args[0], error.args[1] + go_on) from None
+            raise Stopped(error.args[0], "" if hw.rank else error.args[1] + go_on) from None
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise UserError("out of memory: lower --micro-batch-tokens (training) or --batch-size (sampling and scoring, too), or use "
                             f"--gradient-checkpointing, --precision bf16, --teacher-quant or --shard{go_on}") from error  # fmt: skip
@@ -2357,7 +2358,8 @@ def run_command(job, flags, program, argv):
         print(f"{program}: {error.strerror or one_line(error)}{where}: check the path, its permissions and the room on its disk", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
-        print(f"{program}: {stop.args[-1]}", file=sys.stderr)
+        if stop.args[1]:
+            print(f"{program}: {stop.args[1]}", file=sys.stderr)
         sys.exit(128 + stop.args[0])
 
 
