@@ -60,6 +60,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers.activations import NewGELUActivation
@@ -858,9 +860,9 @@ def shard(model, hw):
     """Split the weights of every transformer block over the processes; each is whole only while it runs.
 
     Embeddings and head, which `hidden_states` and `head` use apart, stay whole everywhere."""
-    mesh = dist.device_mesh.init_device_mesh(hw.device.type, (hw.world,))
+    mesh = init_device_mesh(hw.device.type, (hw.world,))
     for block in transformer_blocks(model):
-        dist.fsdp.fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
         block.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all processes already
         block.set_force_sum_reduction_for_comms(True)
 
@@ -1631,33 +1633,33 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
     text = Text(args, student, teacher, data["train"], tokenizer, vocab, hw, seed, steps)
     eval_every = args.eval_every or max(50, steps // 5)
 
-    def new_window():  # sums since the last report, how often each was added to, tokens, steps, start
-        return Counter(), Counter(), 0, 0, time.perf_counter()
+    def new_window():  # since the last report: sums, how often each was added to, tokens, steps, start
+        return dict(sums=Counter(), seen=Counter(), tokens=0, steps=0, start=time.perf_counter())
 
     def dev():
         return evaluate(args, student, teacher, data["dev"][: args.eval_rows], tokenizer, vocab, hw)
 
     # Where to begin. The order of the data, the text and the dropout of a step depend on its number and the seed alone.
-    start, evaluation_s, first_step = time.perf_counter(), 0.0, 0
-    first_dev = last_dev = None
-    window, times_seen, window_tokens, window_steps, window_start = new_window()
+    state = dict(step=0, start=time.perf_counter(), evaluation_s=0.0, first_dev=None, last_dev=None, window=new_window())
     if keeper is not None and (found := keeper.load()):
-        tensors, values = found
+        tensors, state = found
         unpack(tensors, optimizers, taid=taid_state, skipped=skipped)
-        scaler.load_state_dict(values["scaler"]), text.load_state(values["text"])
-        first_step, evaluation_s, first_dev, last_dev = (values[name] for name in ("step", "evaluation_s", "first_dev", "last_dev"))
-        window, times_seen, window_tokens, window_steps = *map(Counter, values["window"][:2]), *values["window"][2:4]
-        window_start, start = time.perf_counter() - values["window"][4], start - values["seconds"]
+        scaler.load_state_dict(state["scaler"]), text.load_state(state["text"])
+        late = time.perf_counter() - state["clock"]  # every process has its own zero
+        state["start"] += late
+        state["window"] |= {name: Counter(state["window"][name]) for name in ("sums", "seen")} | dict(start=state["window"]["start"] + late)
     elif data.get("dev") and args.eval_rows and teacher is not None:
-        first_dev = last_dev = dev()
-        text.validated(first_dev["student_ce"])
-        evaluation_s += time.perf_counter() - start
-        report(phase, 0, {f"dev/{name}": value for name, value in first_dev.items()})
-        window_start = time.perf_counter()
+        state["first_dev"] = state["last_dev"] = dev()
+        text.validated(state["first_dev"]["student_ce"])
+        state["evaluation_s"] = time.perf_counter() - state["start"]
+        report(phase, 0, {f"dev/{name}": value for name, value in state["first_dev"].items()})
+        state["window"] = new_window()
     timed = []  # (rows, seconds of the step so far) for --benchmark
-    bar = tqdm(range(first_step, steps), desc=phase, initial=first_step, total=steps, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    bar = tqdm(range(state["step"], steps), desc=phase, initial=state["step"], total=steps, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     for step in bar:
+        window = state["window"]
+
         # Whose text.
         torch.manual_seed(part_seed(part_seed(seed, step), hw.rank))
         examples = text(step)
@@ -1700,8 +1702,8 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             hw.sum_gradients(trainable)
             scaler.unscale_(optimizer)
             norm = clip(trainable, args.max_grad_norm or math.inf)
-            times_seen[f"{name}_grad_norm"] += 1
-            window[f"{name}_grad_norm"] += norm
+            window["seen"][f"{name}_grad_norm"] += 1
+            window["sums"][f"{name}_grad_norm"] += norm
             if not scaler.is_enabled():  # what a GradScaler tells a fused optimizer
                 optimizer.found_inf = (~norm.isfinite()).float()
             scaler.step(optimizer)
@@ -1715,15 +1717,16 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
 
         # Report. Between reports nothing is read back from the device, so a GPU is never waited for.
         for name, value in sums.items():
-            window[name] += value / tokens
-        times_seen.update(sums.keys())  # the teacher's terms may be there on every n-th step only
-        window_tokens, window_steps = window_tokens + sum(map(len, examples)), window_steps + 1
+            window["sums"][name] += value / tokens
+        window["seen"].update(sums.keys())  # the teacher's terms may be there on every n-th step only
+        window["tokens"] += sum(map(len, examples))
+        window["steps"] += 1
         if look:
             hw.synchronize()
-            seconds = time.perf_counter() - window_start
-            metrics = {name: float(value) / times_seen[name] for name, value in window.items()}
+            seconds = time.perf_counter() - window["start"]
+            metrics = {name: float(value) / window["seen"][name] for name, value in window["sums"].items()}
             metrics |= {name: float(value) / tokens for name, value in hw.total(looked).items()}
-            metrics |= dict(lr=learning_rate(step, steps, lr, args.warmup), tokens_per_s=window_tokens / seconds, step_s=seconds / window_steps,
+            metrics |= dict(lr=learning_rate(step, steps, lr, args.warmup), tokens_per_s=window["tokens"] / seconds, step_s=seconds / window["steps"],
                             peak_memory_gb=hw.peak_memory() / 1e9, skipped_steps=float(skipped["total"]))  # fmt: skip
             if args.teacher_moves:
                 metrics["lam"] = lam
@@ -1733,29 +1736,27 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
                 metrics["taid_t"] = float(taid_state["t"])
             so_far = {"time/sampling_s": text.sampling_s}
             report(phase, step + 1, {f"train/{name}": value for name, value in metrics.items()} | so_far, bar)
-        if first_dev is not None and ((step + 1) % eval_every == 0 or step == steps - 1):
+        if state["first_dev"] is not None and ((step + 1) % eval_every == 0 or step == steps - 1):
             dev_start = time.perf_counter()
-            last_dev = dev()
-            text.validated(last_dev["student_ce"])
-            last_dev["collapsed"] = collapsed(first_dev, last_dev)
-            report(phase, step + 1, {f"dev/{name}": value for name, value in last_dev.items()}, bar)
-            evaluation_s += time.perf_counter() - dev_start
+            now = dev()
+            text.validated(now["student_ce"])
+            state["last_dev"] = now | dict(collapsed=collapsed(state["first_dev"], now))
+            report(phase, step + 1, {f"dev/{name}": value for name, value in state["last_dev"].items()}, bar)
+            state["evaluation_s"] += time.perf_counter() - dev_start
         if args.benchmark:
             hw.synchronize()
             timed.append((examples, time.perf_counter()))
         if look:  # the clock of the next window starts after the looks at the dev rows
-            window, times_seen, window_tokens, window_steps, window_start = new_window()
+            state["window"] = window = new_window()
 
         # Survive.
+        state["step"] = step + 1
         stuck = look and skipped["in_a_row"] >= MAX_SKIPPED
         signalled = hw.any(SIGNALS.received)
         if keeper is not None and (stuck or signalled or (args.save_every and (step + 1) % args.save_every == 0)):
-            now = time.perf_counter()
-            sums_so_far = {name: float(value) for name, value in window.items()}
-            values = dict(step=step + 1, seconds=now - start, evaluation_s=evaluation_s, first_dev=first_dev, last_dev=last_dev,
-                          window=[sums_so_far, times_seen, window_tokens, window_steps, now - window_start],
-                          scaler=scaler.state_dict(), text=text.saved_state())  # fmt: skip
-            keeper.save(step + 1, pack(optimizers, taid=taid_state, skipped=skipped), values)
+            window["sums"] = Counter({name: float(value) for name, value in window["sums"].items()})
+            state |= dict(clock=time.perf_counter(), scaler=scaler.state_dict(), text=text.saved_state())
+            keeper.save(step + 1, pack(optimizers, taid=taid_state, skipped=skipped), state)
         if stuck:
             raise UserError(f"{phase}, step {step + 1}: the last {int(skipped['in_a_row'])} gradients were not finite, and their steps were skipped. The "
                             "weights of the last good step are kept; try a smaller --lr or --lam, or --precision fp32")  # fmt: skip
@@ -1763,7 +1764,8 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             raise Stopped(signalled, f"stopped by {signal.Signals(signalled).name} after step {step + 1} of {phase}")
     bar.close()
     student.eval()
-    return dict(seconds=time.perf_counter() - start - evaluation_s, sampling_s=text.sampling_s, timed=timed, first_dev=first_dev, last_dev=last_dev)
+    seconds = time.perf_counter() - state["start"] - state["evaluation_s"]
+    return dict(seconds=seconds, sampling_s=text.sampling_s, timed=timed, first_dev=state["first_dev"], last_dev=state["last_dev"])
 
 
 @torch.no_grad()
@@ -1794,21 +1796,22 @@ class Report:
 
     def __init__(self, folder, wandb_run=None):
         self.path = folder / "metrics.jsonl" if folder else pathlib.Path(os.devnull)
+        self.wandb_run, self.printed = wandb_run, {}
+        records = whole_lines(self.path)  # of a run that goes on
+        self.start = time.perf_counter() - (records[-1]["seconds"] if records else 0.0)
         self.file = open(self.path, "a", buffering=1)
-        self.wandb_run = wandb_run
-        self.start, self.printed = time.perf_counter(), {}
 
     def cut_back(self, phase, step):
         """Forget what a run that goes on will report again: this phase after `step`, and the end."""
-        if self.path.is_file():
-            records = whole_lines(self.path)
-            kept = [r for r in records if r["phase"] not in (phase, "final") or (r["phase"] == phase and r["step"] <= step)]
+        records = whole_lines(self.path)
+        kept = [r for r in records if r["phase"] not in (phase, "final") or (r["phase"] == phase and r["step"] <= step)]
+        if len(kept) < len(records):
             self.file.close()
             temporary = self.path.with_name("metrics.jsonl.tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
             temporary.replace(self.path)
             self.file = open(self.path, "a", buffering=1)
-            self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+            self.start += records[-1]["seconds"] - (kept[-1]["seconds"] if kept else 0.0)
 
     def __call__(self, phase, step, metrics, bar=None):
         finite = {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
@@ -1912,6 +1915,10 @@ class Checkpoints:
         else:
             for old in self.paths()[: -self.keep]:
                 shutil.rmtree(old)
+
+    def clear(self):
+        for path in self.paths() if self.hw.rank == 0 else []:
+            shutil.rmtree(path)
 
     def load(self):
         """-> (tensors, values) of the newest whole checkpoint, or None without any. Raises UserError when all are damaged."""
@@ -2062,6 +2069,8 @@ def warm_start(args, role, data, tokenizer, hw, report, folder):
     keeper = Checkpoints(folder, phase, args, hw, report) if folder else None
     result = train(sft, phase, model, None, dict(train=rows), tokenizer, head_rows(model), hw, report, lr, steps, args.sft_seed, keeper)
     save_model(model if full else merged(model, name, role, args, hw), kept, hw, tokenizer.save_pretrained)
+    if keeper:
+        keeper.clear()
     return str(kept), result["seconds"]
 
 
@@ -2157,8 +2166,8 @@ def distil(args):
             raise UserError("out of memory: lower --micro-batch-tokens (training) or --batch-size (sampling and scoring, too), or use "
                             f"--gradient-checkpointing, --precision bf16, --teacher-quant or --shard{go_on}") from error  # fmt: skip
         raise
-    if not args.benchmark and hw.rank == 0:
-        shutil.rmtree(folder / "checkpoints")
+    if not args.benchmark:
+        hw.first(shutil.rmtree, folder / "checkpoints")
     return folder
 
 
@@ -2353,14 +2362,16 @@ def run_command(job, flags, program, argv):
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        print(f"{program}: {error.strerror or one_line(error)}{where}: check the path, its permissions and the room on its disk", file=sys.stderr)
+    except (OSError, safetensors.SafetensorError) as error:
+        print(f"{program}: {one_line(error)}: check the path, its permissions and the room on its disk", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         if stop.args[1]:
             print(f"{program}: {stop.args[1]}", file=sys.stderr)
         sys.exit(128 + stop.args[0])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def main(argv=None):
