@@ -1569,7 +1569,7 @@ def lam_at(progress, lam, schedule):
     return lam * {"constant": 1.0, "rise": progress, "fall": 1.0 - progress}[schedule]
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # past every `except Exception`, as KeyboardInterrupt is
     """SIGTERM or SIGINT came; args[0] is its number. Everything is on disk."""
 
 

@@ -1590,6 +1590,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, fo
     assert_same_run(folder, tmp_path / "a" / "run")
 
 
+def test_a_signal_while_a_model_loads_is_no_bad_model(folders, jsonl, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = run(capsys, *small_flags(folders, jsonl, tmp_path))
+    assert code == 143 and f"stopped by SIGTERM; go on with: python okd.py --resume {tmp_path / 'run'}" in err and "cannot load" not in err
+
+
 def test_a_second_signal_ends_at_once(monkeypatch):
     ends, signals = [], okd.Signals()
     monkeypatch.setattr(os, "_exit", ends.append)
