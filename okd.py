@@ -16,6 +16,7 @@
     python okd.py                                     # embedded demo: no network, no GPU, no data file
     python okd.py --teacher gpt2-xl --student gpt2    # the real job
     python okd.py --method fkl                        # any baseline: same data, start, schedule and score
+    python okd.py --resume runs/<name>                # go on with a run that was stopped or killed
 
 A frozen teacher carries a small LoRA *online module* f. Student and module train at the same time, on the same batch,
 from one forward pass of each network. Per response token, with p_f the adapted teacher, p_0 the teacher with the
