@@ -241,9 +241,7 @@ def kept_records(path):
 
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    okd.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_results(path):

@@ -1571,7 +1571,11 @@ def lam_at(progress, lam, schedule):
 
 
 class Stopped(BaseException):  # past every `except Exception`, as KeyboardInterrupt is
-    """SIGTERM or SIGINT came; args[0] is its number. Everything is on disk."""
+    """SIGTERM or SIGINT came. Everything is on disk."""
+
+    def __init__(self, number, where=""):
+        super().__init__(number)
+        self.number, self.text = number, f"stopped by {signal.Signals(number).name}{where}"
 
 
 class Signals:
@@ -1585,7 +1589,7 @@ class Signals:
             os._exit(128 + number)
         self.received = number
         if not self.deferred:
-            raise Stopped(number, f"stopped by {signal.Signals(number).name}")
+            raise Stopped(number)
 
     @contextlib.contextmanager
     def handled(self):
@@ -1606,12 +1610,10 @@ class Signals:
         finally:
             self.deferred = False
         if self.received:
-            raise Stopped(self.received, f"stopped by {signal.Signals(self.received).name}")
+            raise Stopped(self.received)
 
 
 SIGNALS = Signals()
-
-
 MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which a training stops
 
 
@@ -1762,7 +1764,7 @@ def train(args, phase, student, teacher, data, tokenizer, vocab, hw, report, lr,
             raise UserError(f"{phase}, step {step + 1}: the last {int(skipped['in_a_row'])} gradients were not finite, and their steps were skipped. The "
                             "weights of the last good step are kept; try a smaller --lr or --lam, or --precision fp32")  # fmt: skip
         if signalled:
-            raise Stopped(signalled, f"stopped by {signal.Signals(signalled).name} after step {step + 1} of {phase}")
+            raise Stopped(signalled, f" after step {step + 1} of {phase}")
     bar.close()
     student.eval()
     seconds = time.perf_counter() - state["start"] - state["evaluation_s"]
@@ -1808,9 +1810,7 @@ class Report:
         kept = [r for r in records if r["phase"] not in (phase, "final") or (r["phase"] == phase and r["step"] <= step)]
         if len(kept) < len(records):
             self.file.close()
-            temporary = self.path.with_name("metrics.jsonl.tmp")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            temporary.replace(self.path)
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.file = open(self.path, "a", buffering=1)
             self.start += records[-1]["seconds"] - (kept[-1]["seconds"] if kept else 0.0)
 
@@ -1832,6 +1832,13 @@ class Report:
             self.printed[phase] = step * 5 // bar.total
             kind = " (dev)" if "dev/fkl" in metrics else ""
             print(f"  {phase} step {step}/{bar.total}{kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+
+
+def write_text(path, text):
+    """The file is there whole, the old one or the new one, at any moment."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def write_folder(folder, *savers, replace=False):
@@ -1895,9 +1902,10 @@ class Checkpoints:
 
     def __init__(self, folder, phase, args, hw, report):
         self.folder, self.phase, self.keep, self.hw, self.report = folder / "checkpoints", phase, args.keep, hw, report
+        self.stem = phase.replace(" ", "-")
 
     def paths(self):
-        return sorted(self.folder.glob(f"{self.phase.replace(' ', '-')}-{'[0-9]' * 8}"))
+        return sorted(self.folder.glob(f"{self.stem}-{'[0-9]' * 8}"))
 
     def save(self, step, tensors, values):
         if self.hw.rank:
@@ -1908,7 +1916,7 @@ class Checkpoints:
             (path / "state.json").write_text(json.dumps(values))
             (path / "sha256.json").write_text(json.dumps(self.sums(path)))
 
-        path = self.folder / f"{self.phase.replace(' ', '-')}-{step:08d}"
+        path = self.folder / f"{self.stem}-{step:08d}"
         try:
             write_folder(path, write)
         except (OSError, safetensors.SafetensorError) as error:
@@ -2162,7 +2170,7 @@ def distil(args):
     except (Stopped, RuntimeError, MemoryError) as error:
         go_on = "" if args.benchmark else f"; go on with: python okd.py --resume {folder}"
         if isinstance(error, Stopped):
-            raise Stopped(error.args[0], "" if hw.rank else error.args[1] + go_on) from None
+            error.text = "" if hw.rank else error.text + go_on
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise UserError("out of memory: lower --micro-batch-tokens (training) or --batch-size (sampling and scoring, too), or use "
                             f"--gradient-checkpointing, --precision bf16, --teacher-quant or --shard{go_on}") from error  # fmt: skip
@@ -2367,9 +2375,9 @@ def run_command(job, flags, program, argv):
         print(f"{program}: {one_line(error)}: check the path, its permissions and the room on its disk", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
-        if stop.args[1]:
-            print(f"{program}: {stop.args[1]}", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
+        if stop.text:
+            print(f"{program}: {stop.text}", file=sys.stderr)
+        sys.exit(128 + stop.number)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
