@@ -260,7 +260,8 @@ class UserError(Exception):
 
 @dataclass
 class Args:
-    """Distil a teacher language model into a student: online knowledge distillation and its baselines."""
+    """Distil a teacher language model into a student: online knowledge distillation after Rao et al. 2024
+    (arXiv:2409.12512v2), equations 15 to 17 and Algorithm 1, and its baselines."""
 
     # -- models and data --
     teacher: str = "gpt2-xl"  # hub id or local folder; without this flag the built-in demo runs, by flags of its own

@@ -1474,6 +1474,23 @@ def test_precision_auto_is_bf16_where_the_cpu_is_fast_at_it(units, dtype, monkey
     assert okd.pick_hardware(okd.Args(device="cpu", precision="fp16")).dtype == torch.float16
 
 
+def test_no_forward_asks_whether_rows_are_packed_for_that_would_wait_for_the_device(examples):
+    asked = torch.arange(6)[None].expand(2, -1)
+    okd.pick_hardware(okd.Args(device="cpu"))
+    with TorchDispatchCounter() as counter:
+        assert transformers.masking_utils.find_packed_sequence_indices(asked) is None
+        okd.trunk(tiny("llama"), okd.collate(examples[:3], "cpu"))
+    assert not {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"} & counter.names
+
+
+class TorchDispatchCounter(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names = getattr(self, "names", set()) | {function._schema.name}
+        return function(*args, **(kwargs or {}))
+
+
 def test_help_has_a_text_and_a_default_for_every_flag():
     environment = {**os.environ, "COLUMNS": "250"}
     done = subprocess.run([sys.executable, ROOT / "okd.py", "--help"], capture_output=True, text=True, env=environment)
