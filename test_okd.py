@@ -485,7 +485,10 @@ def test_demo_rows_are_seeded_and_share_no_prompt():
 def test_every_row_is_seen_once_an_epoch_in_an_order_of_seed_and_epoch():
     rows = [example([5], list(range((7 * i) % 31 + 1))) for i in range(100)]
     number = {id(row): i for i, row in enumerate(rows)}
-    epoch = lambda seed, n: [[number[id(row)] for row in okd.batch_of(rows, 10, seed, n * 10 + i)] for i in range(10)]  # noqa: E731
+
+    def epoch(seed, n):
+        return [[number[id(row)] for row in okd.batch_of(rows, 10, seed, n * 10 + i)] for i in range(10)]
+
     assert sorted(sum(epoch(1, 0), [])) == list(range(100))
     assert epoch(1, 0) == epoch(1, 0) and epoch(1, 0) != epoch(1, 1) and epoch(1, 0) != epoch(2, 0)
     spread = [max(len(rows[i]) for i in batch) - min(len(rows[i]) for i in batch) for batch in epoch(1, 0)]
@@ -748,7 +751,10 @@ def test_the_split_into_micro_batches_changes_nothing(method, examples, tokenize
 
 def test_each_network_is_clipped_by_itself(examples, tokenizer, monkeypatch):
     norms, (student, teacher) = [], pair(args := tiny_args(max_grad_norm=1e-3))
-    total = lambda optimizer: math.sqrt(sum(p.grad.pow(2).sum() for g in optimizer.param_groups for p in g["params"]))  # noqa: E731
+
+    def total(optimizer):
+        return math.sqrt(sum(p.grad.pow(2).sum() for group in optimizer.param_groups for p in group["params"]))
+
     original = torch.optim.AdamW.step
     monkeypatch.setattr(
         torch.optim.AdamW, "step", lambda self, *a, **k: norms.append(total(self)) or original(self, *a, **k)
