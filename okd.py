@@ -27,7 +27,6 @@ import pathlib
 import random
 import shutil
 import signal
-import statistics
 import sys
 import time
 import warnings
@@ -44,7 +43,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
-from rouge_score import rouge_scorer
+import wandb
+from rouge_score.rouge_scorer import RougeScorer
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -102,9 +102,8 @@ def srkl(log_p, log_q, skew=0.1):
 
 
 def akl(log_p, log_q, mu=0.5):
-    """fkl and rkl weighted by the gap sum |p - q| in the head and in the tail of p: fkl mends heads, rkl tails. Head is
-    the smallest set of the teacher's likeliest tokens with mass >= mu; the token that crosses mu belongs to it
-    (paper), while the authors' file puts it in the tail. Wu et al. 2024, arXiv:2404.02657."""
+    """fkl and rkl weighted by the gap sum |p - q| in head and tail of p: fkl mends heads, rkl tails. Head: the smallest
+    set of p's likeliest tokens with mass >= mu (the authors' file: < mu). Wu et al. 2024, arXiv:2404.02657."""
     with torch.no_grad():
         p, order = log_p.exp().sort(dim=-1, descending=True)
         gap = (p - log_q.exp().gather(-1, order)).abs()
@@ -115,16 +114,14 @@ def akl(log_p, log_q, mu=0.5):
 
 
 def ab(log_p, log_q, alpha=0.2, beta=0.7):
-    """-1/(alpha beta) sum [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)]; with
-    one of them 0 the limit in closed form, of which (1, 0) is fkl and (0, 1) is rkl.
-    Wang et al. 2025 (ABKD), arXiv:2505.04560; Cichocki et al. 2011."""
+    """-1/(alpha beta) sum [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)] and
+    its limits: (1, 0) is fkl, (0, 1) rkl. Wang et al. 2025 (ABKD), arXiv:2505.04560; Cichocki et al. 2011."""
     if alpha == 0:
         log_p, log_q, alpha, beta = log_q, log_p, beta, alpha
     if beta == 0:
         p_power, q_power = (alpha * log_p).exp(), (alpha * log_q).exp()
         return (p_power * (alpha * (log_p - log_q)) - p_power + q_power).sum(-1) / alpha**2
-    total = alpha + beta
-    cross = (alpha * log_p + beta * log_q).exp()
+    total, cross = alpha + beta, (alpha * log_p + beta * log_q).exp()
     powers = alpha * (total * log_p).exp() + beta * (total * log_q).exp()
     return (powers / total - cross).sum(-1) / (alpha * beta)
 
@@ -147,8 +144,7 @@ def taid_step(scalars, loss, progress, start=0.4, end=1.0, delta=5e-4, momentum=
 
 DIVERGENCES = dict(fkl=fkl, rkl=rkl, frkl=frkl, jsd=jsd, tvd=tvd, sfkl=sfkl, srkl=srkl, akl=akl, ab=ab, taid=taid)
 
-# The method table -----------------------------------------------------------------------------------------------------
-# A method = a divergence x whose text it is measured on x whether the teacher moves.
+# The method table: a method = a divergence x whose text it is measured on x whether the teacher moves -----------------
 
 
 @dataclass(frozen=True)
@@ -162,16 +158,7 @@ class Method:
 
 METHODS = {
     "sft": Method("fkl", student_ce_weight=1.0),  # cross-entropy on the gold text, no teacher
-    "fkl": Method("fkl"),  # Hinton et al. 2015, arXiv:1503.02531
-    "rkl": Method("rkl"),  # Gu et al. 2023, arXiv:2306.08543
-    "frkl": Method("frkl"),  # fixed form of AKL, arXiv:2404.02657
-    "jsd": Method("jsd"),  # Agarwal et al. 2023, arXiv:2306.13649
-    "tvd": Method("tvd"),  # Wen et al. 2023, arXiv:2307.15190
-    "sfkl": Method("sfkl"),  # Ko et al. 2024, arXiv:2402.03898
-    "srkl": Method("srkl"),  # Ko et al. 2024, arXiv:2402.03898
-    "akl": Method("akl"),  # Wu et al. 2024, arXiv:2404.02657
-    "ab": Method("ab"),  # Wang et al. 2025, arXiv:2505.04560
-    "taid": Method("taid"),  # Shing et al. 2025, arXiv:2501.16937
+    **{name: Method(name) for name in DIVERGENCES},  # fkl, rkl, ..., taid: on the gold text, from a frozen teacher
     "seqkd": Method("fkl", text="teacher", student_ce_weight=1.0),  # Kim & Rush 2016, arXiv:1606.07947
     "imitkd": Method("fkl", text="student", sgo_fraction=1.0),  # Lin et al. 2020, arXiv:2009.07253
     "gkd": Method("jsd", text="student", sgo_fraction=0.5),  # Agarwal et al. 2023, arXiv:2306.13649
@@ -186,9 +173,7 @@ METHODS = {
 
 def student_loss(log_p, log_q, labels, divergence, ce_weight, rollout=None):
     """L_S, (N,): eq. 17 for ce_weight 0 and fkl. Nothing flows into the teacher. Rollouts add their policy gradient."""
-    loss = 0
-    if ce_weight < 1:
-        loss = (1 - ce_weight) * divergence(log_p.detach(), log_q)
+    loss = (1 - ce_weight) * divergence(log_p.detach(), log_q) if ce_weight < 1 else 0
     if ce_weight > 0:
         loss = loss + ce_weight * cross_entropy(log_q, labels)
     if rollout is not None and len(rollout):
@@ -197,10 +182,8 @@ def student_loss(log_p, log_q, labels, divergence, ce_weight, rollout=None):
 
 
 def teacher_loss(log_p, log_q, log_p0, labels, alpha, anchor=0.0, temperature=1.0):
-    """L_T, (N,): eq. 16, and the anchor. Nothing flows into the student, nor into p_0.
-
-    For a fixed q the best p_f of a token is ((1 - alpha) d + alpha q + anchor p_0) / (1 + anchor), d being the gold
-    token: the module leans to what the student can follow, and the gold text keeps it from being carried off."""
+    """L_T, (N,): eq. 16, and the anchor. Nothing flows into the student, nor into p_0. For a fixed q the best p_f is
+    ((1 - alpha) y + alpha q + anchor p_0) / (1 + anchor): the module leans to what the student can follow."""
     loss, log_p = (1 - alpha) * cross_entropy(log_p, labels), at_temperature(log_p, temperature)
     if alpha > 0:
         loss = loss + alpha * temperature**2 * fkl(at_temperature(log_q.detach(), temperature), log_p)
@@ -226,8 +209,7 @@ def at_temperature(log_p, temperature):
 
 
 def bound_divergence(args, taid_t):
-    """Flags -> D(log_p, log_q), its parameters bound: temperature^2 D(p at temperature, q at temperature). The square
-    keeps the gradient's size (Hinton et al. 2015)."""
+    """Flags -> temperature^2 D(p, q at temperature). The square keeps the gradient's size (Hinton et al. 2015)."""
     skews, powers, temperature = [args.skew], [args.ab_alpha, args.ab_beta], args.temperature
     bound = dict(jsd=[args.beta], sfkl=skews, srkl=skews, ab=powers, taid=[taid_t]).get(args.divergence, [])
     heat, divergence = functools.partial(at_temperature, temperature=temperature), DIVERGENCES[args.divergence]
@@ -250,12 +232,7 @@ def measure(log_p, log_q, log_p0, labels):
     return {name: value.sum() for name, value in values.items()}
 
 
-# Flags ----------------------------------------------------------------------------------------------------------------
-# The comment beside a flag, or right above it, is its --help.
-
-
-class UserError(Exception):
-    """Something the user can mend: one line, and exit code 2."""
+# Flags: the comment beside one, or right above it, is its --help ------------------------------------------------------
 
 
 @dataclass
@@ -276,8 +253,7 @@ class Args:
     # -- the method: a row of the table, and what overrides its columns --
     method: Literal[tuple(METHODS)] = "okd"  # row of the method table
     divergence: Literal[tuple(DIVERGENCES)] | None = None  # D in L_S
-    # whose: data (gold), teacher (answers written once), student (fresh answers), adaptive (DistiLLM: gold, fresh or
-    # replayed), mixture (MiniLLM: rollouts of teacher and student together, with their policy gradient)
+    # whose: data (gold), teacher, student, adaptive (DistiLLM: gold, fresh or replayed), mixture (MiniLLM's rollouts)
     text: Literal["data", "teacher", "student", "adaptive", "mixture"] | None = None
     teacher_moves: bool | None = None  # whether the teacher's online module trains
     student_ce_weight: float | None = None  # a in L_S: 1 is the text alone, whose next token is y; not for its own text
@@ -362,9 +338,7 @@ def parse(argv):
     args.output_dir = args.resume or args.output_dir
     row = asdict(METHODS[args.method])
     row["sgo_fraction"] = row["sgo_fraction"] or float(args.text == "student")  # whoever asks for that text gets it
-    for column, value in row.items():
-        if getattr(args, column) is None:
-            setattr(args, column, value)
+    args = replace(args, **{column: value for column, value in row.items() if getattr(args, column) is None})
     for low, high, names in RANGES:
         for name, value in ((name, getattr(args, name)) for name in names.split()):
             refuse(not low <= value <= high, f"--{name.replace('_', '-')} is {value}: it must lie in [{low}, {high}]")
@@ -376,6 +350,10 @@ def parse(argv):
     refuse(args.text == "adaptive" and not args.eval_rows, "--text adaptive needs --eval-rows, by which phi grows")
     refuse(args.cache_teacher and (own or args.shard), "--cache-teacher needs text that stays, and no --shard")
     return args
+
+
+class UserError(Exception):
+    """Something the user can mend: one line, and exit code 2."""
 
 
 def refuse(wrong, why):
@@ -405,6 +383,7 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
     """Algorithm 1: train the student, and with args.teacher_moves the teacher's module. One loop for every method.
     Goes on from the checkpoint in `folder` when there is one. -> the state at the end. Exits after a signal."""
     networks = torch.nn.ModuleDict(dict(student=student) | (dict(teacher=teacher) if args.teacher_moves else {}))
+    moving = {name: p.data for name, p in networks.named_parameters() if p.requires_grad}
     optimizers = {name: adamw(network, args.weight_decay) for name, network in networks.items()}
     scaler = torch.amp.GradScaler(hw.device.type, enabled=hw.dtype == torch.float16)
     scalars = dict(taid_t=0.4, taid_momentum=0.0, taid_loss=math.inf, skipped_steps=0.0)
@@ -430,7 +409,7 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
             state |= dict(first=state["first"] or now, last=now)
             if args.select == "last" or now["rouge_l"] >= (state["best"] or now)["rouge_l"]:
                 state["best"] = now | dict(step=step)
-                best = moving_weights(networks) if args.select == "best" else None
+                best = {name: p.to("cpu", copy=True) for name, p in moving.items()} if args.select == "best" else None
             text.validated(now["student_ce"])
             report(log, wandb_run, phase, step, "dev", now)
             start, clock = start + hw.now() - pause, clock + hw.now() - pause
@@ -486,7 +465,7 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
         stop = max(hw.gather(signals[-1] if signals else 0))
         if stop or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             state |= dict(step=step + 1, seconds=hw.now() - start, logged=log.tell(), peak_memory_gb=hw.peak_gb())
-            save_checkpoint(folder, networks, optimizers, scaler, scalars, state, best, hw)
+            save_checkpoint(folder, moving, optimizers, scaler, scalars, state, best, hw)
         if stop:
             print(f"stopped in {phase}, step {step + 1}; python okd.py --resume {args.output_dir}", file=sys.stderr)
             sys.exit(128 + stop)
@@ -535,16 +514,16 @@ def learning_rate(step, steps, peak, warmup=0.03):
     return peak * min((step + 1) / (rising + 1), (steps - step) / (steps - rising))
 
 
-# One micro-batch ------------------------------------------------------------------------------------------------------
-# Two trunks, then heads, losses and their gradients over chunks of tokens, then back through the trunks.
+# One micro-batch: two trunks, then heads, losses and gradients over chunks of tokens, then back through the trunks ----
 
 CHUNK_ELEMENTS = 2**23  # logits of one network alive at once on a CPU: 32 MB in float32, which its cache nearly holds
 GPU_CHUNKS = 8  # times as many elsewhere, where each chunk costs kernel launches and a (V, H) gradient
+# A decoder's output; what a family's head reads besides (cross attentions, router logits, ...) is None.
+Decoded = type("Decoded", (BaseModelOutputWithPast,), dict(__getattr__=lambda self, name: None))
 
 
 def trunk(model, batch, states=None):
     """-> ((N, H) hidden states of the N positions that predict a response token, head: such rows -> float32 logits).
-
     No attention mask: padding is on the right, and causal attention never looks there. The head is the family's own
     forward with its decoder replaced, so that tied weights, scales and soft caps are the family's business. `states`,
     from `with_states`: (N, H) are the hidden states already; (B, T, H) enter the lowest block that carries LoRA."""
@@ -563,17 +542,8 @@ def trunk(model, batch, states=None):
     return states, head
 
 
-class Decoded(BaseModelOutputWithPast):
-    """A decoder's output; what a family's head reads besides (cross attentions, router logits, ...) is None."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
 def run_batch(student, teacher, batch, hw, losses=None, backward=None, moves=False, need_p0=False, look=False):
     """Forward, and with `backward` back-propagate, one Batch. -> {name: sum over its tokens}, tensors on the device.
-
     losses(log_p, log_q, log_p0, labels, rollout) -> {name: (n,) losses}; what flows back is their sum. The gradient of
     the hidden states is collected chunk by chunk and sent through each trunk once, so that only so many logits of a
     network live at a time, and each is normalised once. `look` adds what `measure` measures. teacher may be None."""
@@ -604,8 +574,7 @@ def run_batch(student, teacher, batch, hw, losses=None, backward=None, moves=Fal
     return sums
 
 
-# Whose text -----------------------------------------------------------------------------------------------------------
-# The rows of one optimizer step. Sampling is always at temperature 1 from the whole distribution.
+# Whose text: the rows of one optimizer step; sampling is at temperature 1 from the whole distribution -----------------
 
 TEACHER_SHARE = 0.2  # of the mixture that MiniLLM samples from
 ROLLOUT_PASSES = 4  # MiniLLM's passes over its rollouts before new ones are sampled
@@ -618,22 +587,17 @@ class Text:
     def __init__(self, args, student, teacher, rows, tokenizer, hw, steps, state):
         self.args, self.student, self.teacher, self.rows, self.tokenizer = args, student, teacher, rows, tokenizer
         self.hw, self.steps, self.state, self.size = hw, steps, state, min(args.batch_size, len(rows))
+        self.gold = functools.partial(batch_of, rows, self.size, args.seed)
 
     def __call__(self, step):
-        if self.args.text in ("student", "adaptive"):
-            return self.student_text(step)
-        return self.rollouts(step) if self.args.text == "mixture" else self.gold(step)
-
-    def gold(self, step):  # or the teacher's, which was put in its place before
-        return batch_of(self.rows, self.size, self.args.seed, step)
-
-    def student_text(self, step):
-        """Student text with probability phi, else gold. student: phi is --sgo-fraction, the text fresh or from a replay
-        buffer (Lin et al. 2020, ImitKD; Agarwal et al. 2023, GKD). adaptive: phi grows, and fresh text gives way to
-        replayed text as the run goes on (Ko et al. 2024, DistiLLM, algorithm 1)."""
+        """Gold text (or the teacher's, put in its place before), or with probability phi the student's. student: phi is
+        --sgo-fraction, the text fresh or from a replay buffer (Lin et al. 2020, ImitKD; Agarwal et al. 2023, GKD).
+        adaptive: phi grows, and fresh text gives way to replayed text (Ko et al. 2024, DistiLLM, algorithm 1)."""
+        if self.args.text == "mixture":
+            return self.rollouts(step)
         chance, rows = random.Random(f"{self.args.seed}, text of step {step}"), self.gold(step)
         r, phi, adaptive = chance.random(), self.state["phi"], self.args.text == "adaptive"
-        if r >= phi:
+        if r >= phi or self.args.text in ("data", "teacher"):
             return rows
         full = len(self.state["replay"]) >= REPLAY_CAPACITY
         fresh = not adaptive or not full or r < phi * (1 - step / self.steps)
@@ -664,15 +628,11 @@ class Text:
     @torch.no_grad()
     def judged(self, rows):
         """Rollouts -> the same with advantage, log q and importance weight of every response token."""
-        rows, log_p, log_q = sorted(rows, key=len), [], []
-
-        def keep(p, q, p0, labels, rollout):
-            log_p.append(-cross_entropy(p, labels)), log_q.append(-cross_entropy(q, labels))
-            return {}
-
+        rows, found = sorted(rows, key=len), []
+        keep = lambda p, q, _, labels, __: found.append([-cross_entropy(x, labels) for x in (p, q)]) or {}  # noqa: E731
         for batch in micro_batches(rows, self.args, self.hw, share=False):
             run_batch(self.student, self.teacher, batch, self.hw, keep)
-        log_p, log_q, lengths = torch.cat(log_p).cpu(), torch.cat(log_q).cpu(), [len(row.response_ids) for row in rows]
+        (log_p, log_q), lengths = (torch.cat(log).cpu() for log in zip(*found)), [len(row.response_ids) for row in rows]
         weight = (log_q - mix(log_p, log_q, TEACHER_SHARE)).exp()
         returns = torch.cat([discounted_return(rewards) for rewards in (log_p - log_q).split(lengths)])
         advantage = (returns - returns.mean()) / (returns.std(unbiased=False) + 1e-8)  # authors: padding, too
@@ -688,8 +648,7 @@ class Text:
 
 
 def discounted_return(rewards, gamma=0.95):
-    """(n,) rewards of a response -> (n,) returns R_t = sum_{k >= t} gamma^(k - t) r_k / (n - t) of MiniLLM; r_t itself
-    is in R_t, as in the authors' code, while the paper's long-term part starts at r_(t+1)."""
+    """(n,) rewards -> (n,) returns R_t = sum_{k >= t} gamma^(k - t) r_k / (n - t) of MiniLLM (paper: from t + 1 on)."""
     ahead = torch.arange(len(rewards)) - torch.arange(len(rewards))[:, None]
     return (gamma ** ahead.clamp_min(0) * (ahead >= 0)).to(rewards) @ rewards / torch.arange(len(rewards), 0, -1)
 
@@ -697,10 +656,8 @@ def discounted_return(rewards, gamma=0.95):
 @torch.no_grad()
 def generate(model, tokenizer, prompts, hw, new_tokens, batch_size=128, sample=False, seed=0, teacher=None, **options):
     """Lists of prompt ids -> lists of response ids, in the same order; the end token, where one was written, is kept.
-
-    Left-padded batches of like length, KV cache. sample=True draws, with a teacher from TEACHER_SHARE p + (1 -
-    TEACHER_SHARE) q. `options` go to GenerationConfig. The processes share the prompts, and each gets all responses.
-    Raises UserError for a prompt that leaves no room for an answer."""
+    sample=True draws, with a teacher from TEACHER_SHARE p + (1 - TEACHER_SHARE) q. `options` go to GenerationConfig.
+    The processes share the prompts, and each gets all responses. Raises UserError for a prompt that leaves no room."""
     longest = max(map(len, prompts))
     room = min(positions(network) for network in (model, teacher) if network) - longest
     refuse(room < 1, f"a prompt of {longest} tokens fills the positions of the model: no room for an answer")
@@ -743,19 +700,17 @@ class Mixture(transformers.LogitsProcessor):
 
 def rouge_l(prediction, references):
     """Rouge-L F times 100, with the stemmer, the best over the references. Lin 2004; rouge-score's implementation."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    return 100 * scorer.score_multi(references, prediction)["rougeL"].fmeasure
+    return 100 * RougeScorer(["rougeL"], use_stemmer=True).score_multi(references, prediction)["rougeL"].fmeasure
 
 
 def score(args, model, tokenizer, rows, hw):
     """-> (mean Rouge-L of greedy answers, the answers)."""
     prompts, size = [row.prompt_ids for row in rows], args.sample_batch_size
     answers = tokenizer.batch_decode(generate(model, tokenizer, prompts, hw, args.max_new_tokens, size), True)
-    return statistics.fmean(rouge_l(answer, row.references) for answer, row in zip(answers, rows)), answers
+    return sum(rouge_l(answer, row.references) for answer, row in zip(answers, rows)) / len(rows), answers
 
 
-# Data -----------------------------------------------------------------------------------------------------------------
-# A JSON line becomes an Example; what counts as response is decided here, once.
+# Data: a JSON line becomes an Example; what counts as response is decided here, once ----------------------------------
 
 CHAT = dict(tokenize=False, enable_thinking=False)  # a model that could think first (Qwen3) is to answer at once
 
@@ -777,10 +732,9 @@ class Example:
 
 
 def read_row(row, tokenizer):
-    """A JSON object -> Example. Raises what it likes for one that is malformed.
-
-    Forms: instruction, input or context, output or response (Alpaca's template); prompt, response (as they are);
-    messages that end in the assistant's (the tokenizer's chat template). A list of outputs is a list of references."""
+    """A JSON object -> Example. Raises what it likes for one that is malformed. Forms: instruction, input or context,
+    output or response (Alpaca's template, Taori et al. 2023); prompt, response (as they are); messages that end in the
+    assistant's (the tokenizer's chat template). A list of outputs is a list of references."""
     end = tokenizer.eos_token_id
     if chat := row.get("messages"):
         if chat[-1]["role"] != "assistant":
@@ -806,13 +760,9 @@ def ends(tokenizer):
     stops, turns = [tokenizer.eos_token_id], [dict(role="user", content="?"), dict(role="assistant", content="answer")]
     with contextlib.suppress(Exception):  # no template, or one that refuses these turns: rows of chats will say so
         after = tokenizer.apply_chat_template(turns, **CHAT).rpartition("answer")[2]
-        after = tokenizer(after, add_special_tokens=False).input_ids
-        stops += [token for token in after if token in special_ids(tokenizer)][:1]
+        after, added = tokenizer(after, add_special_tokens=False).input_ids, tokenizer.added_tokens_decoder
+        stops += [token for token in after if token in added and added[token].special][:1]
     return list(dict.fromkeys(stops))
-
-
-def special_ids(tokenizer):
-    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def alpaca_prompt(instruction, context=""):
@@ -825,16 +775,15 @@ def alpaca_prompt(instruction, context=""):
 
 def read_rows(source, lines, tokenizer, args):
     """JSON lines -> Examples that can be trained on. Raises UserError for a malformed line, or when no row is left."""
-    rows, fields = [], set()
+    rows, unread, longest = [], set(), min(args.max_prompt_length, args.max_length - 1)
     for number, line in enumerate(lines, 1):
         with blaming(f"{source}, line {number} needs instruction and output, prompt and response, or messages"):
             if line.strip():
                 rows.append(read_row(row := json.loads(line), tokenizer))
-                fields |= row.keys()
-    longest = min(args.max_prompt_length, args.max_length - 1)
+                unread |= row.keys() - {"instruction", "input", "context", "output", "prompt", "response", "messages"}
     kept = [row.answered(row.response_ids, args.max_length) for row in rows
             if 0 < len(row.prompt_ids) <= longest and len(row.response_ids) > 1]  # fmt: skip
-    if unread := fields - {"instruction", "input", "context", "output", "prompt", "response", "messages"}:
+    if unread:
         print(f"{source}: fields that are not read: {', '.join(sorted(unread))[:200]}")
     if len(kept) < len(rows):
         print(f"{source}: {len(kept)} of {len(rows)} rows kept; the others have no response, or no or a long prompt")
@@ -953,9 +902,11 @@ def load_tokenizer(name, args):
 def one_tokenizer(ours, theirs):
     """The teacher's tokenizer, for both. EOS and reserved tokens may differ, as between a family's base and instruct
     models. Raises UserError when others do: distributions are compared token by token."""
-    vocab, other, reserved = ours.get_vocab(), theirs.get_vocab(), special_ids(ours) | special_ids(theirs) | {None}
-    differ = {token for token in vocab.keys() | other.keys() if vocab.get(token) != other.get(token)}
-    ordinary = sorted(token for token in differ if not {vocab.get(token), other.get(token)} <= reserved)
+    differ = {token for token, _ in ours.get_vocab().items() ^ theirs.get_vocab().items()}
+    reserved = {
+        added.content for each in (ours, theirs) for added in each.added_tokens_decoder.values() if added.special
+    }
+    ordinary = sorted(differ - reserved)
     refuse(ordinary, f"different tokenizers: {len(ordinary)} tokens of teacher and student differ, as {ordinary[:5]}")
     if differ or ours.eos_token != theirs.eos_token:
         print(f"the student gets the teacher's tokenizer: EOS is {ours.eos_token} and was {theirs.eos_token}, "
@@ -981,12 +932,15 @@ def load_model(name, role, args, dtype, hw=None, dropout=True):
             config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel instead of eight
         options = dict(config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True)
         if args.teacher_quant and hw:
-            bits = dict(load_in_8bit=True) if args.teacher_quant == "8bit" else dict(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)  # fmt: skip
-            options |= dict(quantization_config=transformers.BitsAndBytesConfig(**bits), device_map={"": hw.device})
+            bits = (
+                {f"load_in_{args.teacher_quant}": True},
+                dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+            )
+            bits = transformers.BitsAndBytesConfig(**bits[0], **bits[1])
+            options |= dict(quantization_config=bits, device_map={"": hw.device})
         model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    # generate() would fill what we leave open from the model's own generation_config (repetition penalty, min_p, ...):
-    # neither text nor score would be what it says. The token ids stay, and save_model gives the file back.
+    # generate() would fill what we leave open from the model's own file (repetition penalty, min_p, ...), and neither
+    # text nor score would be what it says. The token ids stay, and save_model gives the file back.
     model.own_generation_config, ids = model.generation_config, ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = transformers.GenerationConfig(**{k: getattr(model.generation_config, k) for k in ids})
     return model
@@ -1016,16 +970,15 @@ def lowest_lora(model):
 
 
 def add_lora(model, args, top_layers, seed):
-    """Eq. 15: LoRA on the layers that --lora-targets names, in the top blocks (0: all). B starts at 0, so p_f = p_0 at
-    step 0. Raises UserError."""
+    """Eq. 15: LoRA on the layers that --lora-targets names, in the top blocks (0: all). B starts at 0: p_f = p_0."""
     blocks, linear = blocks_of(model), {m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    depth = len(blocks)
-    refuse(top_layers > depth, f"--lora-top-layers {top_layers}: the teacher has only {depth} layers")
+    refuse(top_layers > len(blocks), f"--lora-top-layers {top_layers}: the teacher has only {len(blocks)} layers")
+    layers = list(range(len(blocks)))[-top_layers:] if top_layers else None
     names = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if module in linear})
     targets = {"auto": None, "all-linear": names}.get(args.lora_targets, args.lora_targets.split(","))
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_scale * args.lora_rank,
                              target_modules=targets, fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear),
-                             layers_to_transform=list(range(depth))[-top_layers:] if top_layers else None)  # fmt: skip
+                             layers_to_transform=layers)  # fmt: skip
     torch.manual_seed(seed)
     with blaming(f"--lora-targets {args.lora_targets} does not fit: name some of {', '.join(names)}"):
         return peft.get_peft_model(model, config).eval()
@@ -1033,16 +986,15 @@ def add_lora(model, args, top_layers, seed):
 
 def place(model, hw, shard=False):
     """The model on its device. shard: the frozen weights of every block are split over the processes (FSDP2), whole
-    only while it runs. LoRA stays a plain tensor: optimizer, clipping and checkpoints know nothing of the split."""
+    only while it runs. LoRA stays a plain tensor: optimizer, clipping and checkpoints see nothing of it."""
     for block in blocks_of(model) if shard else ():
         fully_shard(block, ignored_params={p for p in block.parameters() if p.requires_grad})
     return model if getattr(model, "is_quantized", False) else model.to(hw.device)  # that one was loaded there
 
 
 def fine_tuned(args, role, source, rows, epochs, lr, lora, dev, tokenizer, hw, folder):
-    """Fine-tune the model at `source` on gold text, once for all runs. -> (name or folder to load it from, seconds).
-    Kept in --cache-dir under a key of all that determines the weights, and always read back from there: a run that
-    trained them and one that found them start from the same bits."""
+    """Fine-tune the model at `source` on gold text, once for all runs: kept in --cache-dir under a key of all that
+    determines the weights, and always read back from there. -> (name or folder to load it from, seconds)."""
     if epochs == 0:
         return source, 0.0
     sft = replace(args, **asdict(METHODS["sft"]), method="sft", seed=0, epochs=epochs, lr=lr, select="last")
@@ -1072,20 +1024,18 @@ def fine_tuned(args, role, source, rows, epochs, lr, lora, dev, tokenizer, hw, f
 
 def cache_path(args, what, source, recipe, rows, hw):
     """Where --cache-dir keeps what model, recipe, rows and machine determine."""
-    key = [what, fingerprint(source), recipe, [(row.prompt_ids, row.response_ids) for row in rows], hw.device.type,
-           torch.__version__, transformers.__version__]  # fmt: skip
-    folder, digest = pathlib.Path(args.cache_dir).resolve(), hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    key = what, fingerprint(source), recipe, [(row.prompt_ids, row.response_ids) for row in rows], hw.device.type
+    digest = hashlib.sha256(json.dumps([key, torch.__version__, transformers.__version__]).encode()).hexdigest()[:12]
+    folder = pathlib.Path(args.cache_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{what}-{pathlib.PurePath(source).name}-{digest}"
 
 
 def fingerprint(source):
     """A local model by its content, the size and every so many bytes of each weight file; another by its name."""
-    found = []
-    for path in sorted(pathlib.Path(source).glob("*.safetensors")):
-        size = path.stat().st_size
-        found.append([size, torch.from_file(str(path), size=size, dtype=torch.uint8)[:: size // 2**16 + 1].tolist()])
-    return found or source
+    files = ((str(path), path.stat().st_size) for path in sorted(pathlib.Path(source).glob("*.safetensors")))
+    read = functools.partial(torch.from_file, dtype=torch.uint8)
+    return [[size, read(path, size=size)[:: size // 2**16 + 1].tolist()] for path, size in files] or source
 
 
 def teacher_text(args, teacher, rows, tokenizer, hw, folder):
@@ -1102,26 +1052,26 @@ def teacher_text(args, teacher, rows, tokenizer, hw, folder):
 @torch.no_grad()
 def with_states(args, teacher, source, rows, hw):
     """--cache-teacher: the rows with views of a memory-mapped file of teacher states that never change: of a frozen
-    teacher the last (n, H) of the response, of a moving one the (T, H) that enter the lowest block with LoRA. From the
-    second epoch on the one costs its head, the other its upper blocks. Raises UserError when it can't, or is wrong."""
+    teacher the last (n, H) of the response, which leaves its head to run; of a moving one the (T, H) that enter the
+    lowest block with LoRA, which leaves those above. Raises UserError when it can't, or is wrong."""
     cut, blocks, order = lowest_lora(teacher), blocks_of(teacher), sorted(rows, key=len)
     refuse(cut == 0, "--cache-teacher needs --lora-top-layers: below a module on all layers there is nothing to keep")
-    frozen, entering = cut == len(blocks), []
+    frozen = cut == len(blocks)
 
     def states(part):
-        hook = blocks[min(cut, len(blocks) - 1)].register_forward_pre_hook(lambda _, given: entering.append(given[0]))
+        entering, watched = [], blocks[min(cut, len(blocks) - 1)]
+        hook = watched.register_forward_pre_hook(lambda _, given: entering.extend(given[0]))
         with hw.autocast():
             last = trunk(teacher, collate(part, hw.device))[0]
         hook.remove()
-        found = torch.cat([states[: len(row)] for states, row in zip(entering.pop(), part)])
-        return (last if frozen else found).to(hw.dtype)
+        return (last if frozen else torch.cat([x[: len(row)] for x, row in zip(entering, part)])).to(hw.dtype)
 
     def fill(temporary):
-        file, size, done = mapped(temporary), max(1, args.micro_batch_tokens // len(order[-1])), 0
+        rest, size = mapped(temporary), max(1, args.micro_batch_tokens // len(order[-1]))
         for start in tqdm(range(0, len(order), size), "teacher's states", disable=None):
             found = states(order[start : start + size])
-            file[done : done + len(found)] = found
-            done += len(found)
+            rest[: len(found)] = found
+            rest = rest[len(found) :]
 
     probe, lengths = states(order[:8]), [len(row.response_ids) if frozen else len(row) for row in order]
     shape = sum(lengths), probe.size(-1)
@@ -1146,9 +1096,7 @@ PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 
 @dataclass
-class Hardware:
-    """The device, the precision, and this process among those that torchrun started."""
-
+class Hardware:  # the device, the precision, and this process among those that torchrun started
     device: torch.device
     dtype: torch.dtype  # of autocast and of frozen weights
     rank: int = 0
@@ -1158,28 +1106,24 @@ class Hardware:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def total(self, sums):
-        """{name: this process's sum, a tensor} -> the same over all processes. All have the same names."""
+    def total(self, sums):  # {name: this process's sum, a tensor} -> the same over all processes, which have all names
         packed = torch.stack([sums[name].float() for name in sorted(sums)])
         if self.world > 1:
             dist.all_reduce(packed)
         return dict(zip(sorted(sums), packed))
 
-    def gather(self, value):
-        """[the value of every process], everywhere; all wait for the last."""
+    def gather(self, value):  # -> [the value of every process], everywhere; all wait for the last
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value, group=self.talk)
         return values
 
-    def now(self):
-        """Seconds, when the device has done what it was asked for."""
+    def now(self):  # seconds, when the device has done what it was asked for
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def peak_gb(self):
-        """The allocator's peak on a GPU, the process's peak resident size elsewhere."""
+    def peak_gb(self):  # the allocator's peak on a GPU, the process's peak resident size elsewhere
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         import resource  # Windows has none
@@ -1220,16 +1164,12 @@ def report(log, wandb_run, phase, step, kind, metrics):
         tqdm.write(f"{phase} step {step}, dev: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-def moving_weights(networks):
-    return {name: p.detach().to("cpu", copy=True) for name, p in networks.named_parameters() if p.requires_grad}
-
-
-def save_checkpoint(folder, networks, optimizers, scaler, scalars, state, best, hw):
+def save_checkpoint(folder, moving, optimizers, scaler, scalars, state, best, hw):
     """All that training changes: moving weights, the best of them, optimizers, loss scaler, scalars, `state` as JSON.
     The newest two are kept."""
     optimizers = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    saved = dict(weights=moving_weights(networks), best=best, optimizers=optimizers, scaler=scaler.state_dict(),
-                 scalars=scalars, state=json.dumps(state, default=vars))  # fmt: skip
+    saved = dict(weights=moving, best=best, optimizers=optimizers, scaler=scaler.state_dict(), scalars=scalars,
+                 state=json.dumps(state, default=vars))  # fmt: skip
     folder = folder / "checkpoints"
     write_whole(folder / f"step-{state['step']:08}.pt", functools.partial(torch.save, saved), hw)
     for path in sorted(folder.glob("*.pt"))[:-2] if hw.rank == 0 else ():
@@ -1313,8 +1253,6 @@ def distil(args):
     write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2) + "\n"), hw)
     wandb_run = None
     if args.track and hw.rank == 0:
-        import wandb
-
         name = dict(project=os.environ.get("WANDB_PROJECT", "okd"), group="-from-".join(pair), name=folder.name)
         with blaming("cannot start wandb: set WANDB_MODE=offline, or leave --track out"):
             wandb_run = wandb.init(**name, id=folder.name, resume="allow", config=asdict(args), dir=folder)
@@ -1392,8 +1330,6 @@ def finish(args, folder, end, scores, test, wandb_run):
     with open(folder / "metrics.jsonl", "a") as log:
         report(log, wandb_run, "final", end["step"], "final", final)
     if wandb_run is not None:
-        import wandb
-
         rows = zip(test[:20], *(answers for _, answers in scores.values()))
         rows = [[row.prompt, row.references[0], *answers] for row, *answers in rows]
         wandb_run.log({"samples": wandb.Table(["prompt", "reference", *scores], rows)})
