@@ -713,6 +713,8 @@ def score(args, model, tokenizer, rows, hw):
 # Data: a JSON line becomes an Example; what counts as response is decided here, once ----------------------------------
 
 CHAT = dict(tokenize=False, enable_thinking=False)  # a model that could think first (Qwen3) is to answer at once
+ALPACA = ("Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+          "\n\n### Instruction:\n{}\n\n{}### Response:\n")  # fmt: skip
 
 
 @dataclass
@@ -733,7 +735,7 @@ class Example:
 
 def read_row(row, tokenizer):
     """A JSON object -> Example. Raises what it likes for one that is malformed. Forms: instruction, input or context,
-    output or response (Alpaca's template, Taori et al. 2023); prompt, response (as they are); messages that end in the
+    output or response (Alpaca's template); prompt, response (as they are); messages that end in the
     assistant's (the tokenizer's chat template). A list of outputs is a list of references."""
     end = tokenizer.eos_token_id
     if chat := row.get("messages"):
@@ -742,8 +744,10 @@ def read_row(row, tokenizer):
         references, end = chat[-1]["content"], ends(tokenizer)[-1]
         prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **CHAT)
     else:
-        context = row.get("input") or row.get("context")
-        prompt = alpaca_prompt(row["instruction"], context) if row.get("instruction") else row["prompt"]
+        context, instruction = row.get("input") or row.get("context"), row.get("instruction")
+        paired = ", paired with an input that provides further context" if context else ""
+        context = f"### Input:\n{context}\n\n" if context else ""
+        prompt = ALPACA.format(paired, instruction, context) if instruction else row["prompt"]
         references = row["output"] if "output" in row else row["response"]
     references = [references] if isinstance(references, str) else references
     "".join([prompt, *references]).encode()  # TypeError for what is no text, UnicodeError for half a surrogate pair
@@ -763,14 +767,6 @@ def ends(tokenizer):
         after, added = tokenizer(after, add_special_tokens=False).input_ids, tokenizer.added_tokens_decoder
         stops += [token for token in after if token in added and added[token].special][:1]
     return list(dict.fromkeys(stops))
-
-
-def alpaca_prompt(instruction, context=""):
-    """The Alpaca template that the published KD results on Dolly use (Taori et al. 2023)."""
-    paired = ", paired with an input that provides further context" if context else ""
-    context = f"### Input:\n{context}\n\n" if context else ""
-    return (f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
-            f"request.\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n")  # fmt: skip
 
 
 def read_rows(source, lines, tokenizer, args):
@@ -932,11 +928,8 @@ def load_model(name, role, args, dtype, hw=None, dropout=True):
             config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel instead of eight
         options = dict(config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True)
         if args.teacher_quant and hw:
-            bits = (
-                {f"load_in_{args.teacher_quant}": True},
-                dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-            )
-            bits = transformers.BitsAndBytesConfig(**bits[0], **bits[1])
+            four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)  # with 8bit nobody reads it
+            bits = transformers.BitsAndBytesConfig(**{f"load_in_{args.teacher_quant}": True}, **four)
             options |= dict(quantization_config=bits, device_map={"": hw.device})
         model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
     # generate() would fill what we leave open from the model's own file (repetition penalty, min_p, ...), and neither
@@ -985,8 +978,8 @@ def add_lora(model, args, top_layers, seed):
 
 
 def place(model, hw, shard=False):
-    """The model on its device. shard: the frozen weights of every block are split over the processes (FSDP2), whole
-    only while it runs. LoRA stays a plain tensor: optimizer, clipping and checkpoints see nothing of it."""
+    """The model on its device. shard: the frozen weights of every block are split over the processes, whole only while
+    it runs (FSDP2); LoRA stays plain tensors, so that optimizer, clipping and checkpoints see nothing of it."""
     for block in blocks_of(model) if shard else ():
         fully_shard(block, ignored_params={p for p in block.parameters() if p.requires_grad})
     return model if getattr(model, "is_quantized", False) else model.to(hw.device)  # that one was loaded there
@@ -1043,9 +1036,8 @@ def teacher_text(args, teacher, rows, tokenizer, hw, folder):
     kept, prompts = folder / "teacher_text.json", [row.prompt_ids for row in rows]
     if not hw.gather(kept.exists())[0]:
         refuse((folder / "checkpoints").exists(), f"{kept}, which this run trains on, is gone: begin another")
-        how = args.max_new_tokens, args.sample_batch_size, True, args.seed
-        answers = generate(teacher, tokenizer, prompts, hw, *how)
-        write_whole(kept, lambda path: path.write_text(json.dumps(answers)), hw)
+        ids = generate(teacher, tokenizer, prompts, hw, args.max_new_tokens, args.sample_batch_size, True, args.seed)
+        write_whole(kept, lambda path: path.write_text(json.dumps(ids)), hw)
     return [row.answered(ids, args.max_length) for row, ids in zip(rows, json.loads(kept.read_text()))]
 
 
@@ -1165,8 +1157,7 @@ def report(log, wandb_run, phase, step, kind, metrics):
 
 
 def save_checkpoint(folder, moving, optimizers, scaler, scalars, state, best, hw):
-    """All that training changes: moving weights, the best of them, optimizers, loss scaler, scalars, `state` as JSON.
-    The newest two are kept."""
+    """All that training changes: weights, the best of them, optimizers, loss scaler, scalars, `state`. Keeps two."""
     optimizers = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     saved = dict(weights=moving, best=best, optimizers=optimizers, scaler=scaler.state_dict(), scalars=scalars,
                  state=json.dumps(state, default=vars))  # fmt: skip
@@ -1198,8 +1189,7 @@ def load_checkpoint(folder, networks, optimizers, scaler, scalars):
 
 
 def write_whole(path, write, hw):
-    """The first process does write(temporary path), forces it to the disk and gives it its name, so that always the old
-    or the new is there, whole; the others wait."""
+    """The first process does write(temporary path), forces it to the disk and names it: never half there. All wait."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with blaming(f"cannot write {path}"):
         try:
@@ -1292,8 +1282,8 @@ def distil(args):
 
 
 def starts(args, data, tokenizer, hw, folder):
-    """Fine-tune both networks, or find them. -> where they are, and the seconds it took. Recorded in models.json: a run
-    that goes on has the teacher that it began with, or none. Raises UserError."""
+    """Fine-tune both networks, or find them. -> where they are, and the seconds it took. A run that goes on has what
+    it began with by models.json, or raises UserError."""
     record, rows = folder / "models.json", data["train"]
     if not hw.gather(record.exists())[0]:
         tune = functools.partial(fine_tuned, args, dev=data["dev"], tokenizer=tokenizer, hw=hw, folder=folder)
@@ -1354,8 +1344,7 @@ def command(job, program):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else [str(flag) for flag in argv]
-    command(lambda: distil(parse(argv)), "okd.py")
+    command(lambda: distil(parse(sys.argv[1:] if argv is None else argv)), "okd.py")
 
 
 if __name__ == "__main__":
