@@ -629,7 +629,7 @@ class Text:
     def judged(self, rows):
         """Rollouts -> the same with advantage, log q and importance weight of every response token."""
         rows, found = sorted(rows, key=len), []
-        keep = lambda p, q, _, labels, __: found.append([-cross_entropy(x, labels) for x in (p, q)]) or {}  # noqa: E731
+        keep = lambda p, q, _, labels, __: found.append([-cross_entropy(x, labels) for x in (p, q)]) or {}
         for batch in micro_batches(rows, self.args, self.hw, share=False):
             run_batch(self.student, self.teacher, batch, self.hw, keep)
         (log_p, log_q), lengths = (torch.cat(log).cpu() for log in zip(*found)), [len(row.response_ids) for row in rows]
@@ -815,7 +815,7 @@ def demo_rows(count, seed):
     """Rows of six small tasks on made-up words, no prompt twice; most have three valid wordings, drawn 6 : 3 : 2, so
     that there is a distribution to distil and not only an argmax. All wordings are references."""
     rng, rows = random.Random(seed), {}
-    syllable = lambda: rng.choice("bdfgklmnprst") + rng.choice("aeiou")  # noqa: E731
+    syllable = lambda: rng.choice("bdfgklmnprst") + rng.choice("aeiou")
     while len(rows) < count:
         a, b = ("".join(syllable() for _ in range(rng.choice((1, 2, 2)))) for _ in "ab")
         x, y = sorted(rng.sample(range(10, 100), 2))
@@ -1001,7 +1001,7 @@ def fine_tuned(args, role, source, rows, epochs, lr, lora, dev, tokenizer, hw, f
     model = load_model(source, role, args, hw.dtype if lora else torch.float32, hw if lora else None)
     model = place(add_lora(model, args, 0, seed=0) if lora else model, hw, shard=args.shard and lora)
     seconds = train(sft, model, None, dict(train=rows), tokenizer, hw, work, phase=work.name)["seconds"]
-    gold_ce = lambda model: evaluate(sft, model, model, dev, tokenizer, hw)["student_ce"]  # noqa: E731
+    gold_ce = lambda model: evaluate(sft, model, model, dev, tokenizer, hw)["student_ce"]
     before = gold_ce(model) if lora else None
     if lora and hw.rank == 0:  # into a fresh copy, for this one may be sharded or quantized; in float32, rounded once
         model.save_pretrained(work)
@@ -1067,7 +1067,7 @@ def with_states(args, teacher, source, rows, hw):
 
     probe, lengths = states(order[:8]), [len(row.response_ids) if frozen else len(row) for row in order]
     shape = sum(lengths), probe.size(-1)
-    mapped = lambda path: torch.from_file(str(path), True, math.prod(shape), dtype=hw.dtype).view(shape)  # noqa: E731
+    mapped = lambda path: torch.from_file(str(path), True, math.prod(shape), dtype=hw.dtype).view(shape)
     path = cache_path(args, "states", source, [cut, str(hw.dtype), args.teacher_quant], order, hw)
     if not hw.gather(path.exists())[0]:
         needed, free = math.prod(shape) * probe.element_size() / 1e9, shutil.disk_usage(path.parent).free / 1e9
