@@ -410,7 +410,7 @@ def test_in_bfloat16_chunks_give_the_plain_losses_to_its_rounding(examples, monk
 
 @pytest.mark.parametrize("device, times", [("cpu", 1), ("cuda", 8), ("mps", 8)])
 def test_no_tensor_holds_more_logits_than_a_chunk_which_is_larger_off_the_cpu(device, times, examples, monkeypatch):
-    vocab, size, seen, chunks, hw = 1000, 5 * times, [], [], mock.MagicMock()
+    vocab, size, seen, parts, hw = 1000, 5 * times, [], [], mock.MagicMock()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -421,12 +421,12 @@ def test_no_tensor_holds_more_logits_than_a_chunk_which_is_larger_off_the_cpu(de
     hw.device.type = device
     monkeypatch.setattr(okd, "CHUNK_ELEMENTS", vocab * 5)
     batch, (student, teacher) = okd.collate(examples, "cpu"), pair(tiny_args(), vocab_size=vocab)
-    losses = lambda *logs: chunks.append(len(logs[0])) or both_losses()(*logs)
+    losses = lambda *logs: parts.append(len(logs[0])) or both_losses()(*logs)
     with Watch():
         okd.run_batch(student, teacher, batch, hw, losses, backward, moves=True, need_p0=True, look=True)
     largest = max(shape.numel() for shape in seen if shape[-1:] == (vocab,) and shape != (32, vocab))  # the head's
-    assert okd.GPU_CHUNKS == 8 and largest == vocab * size and max(chunks) == size
-    assert len(batch.labels) == sum(chunks) > 4 * size
+    assert okd.GPU_CHUNKS == 8 and largest == vocab * size and max(parts) == size
+    assert len(batch.labels) == sum(parts) > 4 * size
 
 
 def test_gpt2s_gelu_is_loaded_as_one_kernel_and_dropout_as_asked(folders):
@@ -622,7 +622,7 @@ def parrot(scale, sentence=SENTENCE):
 
 
 def test_text_is_that_of_plain_forwards_greedy_left_padded_ended_or_sampled_by_the_seed(tokenizer):
-    model, prompt, ids = tiny("gpt2", 5), [70, 80, 90], [70, 80, 90]
+    model, prompt, ids = tiny("gpt2", 5, initializer_range=0.2), [70, 80, 90], [70, 80, 90]  # sharp logits
     for _ in range(10):
         ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
     ending = lambda end: types.SimpleNamespace(eos_token_id=end)
