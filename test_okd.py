@@ -1381,8 +1381,8 @@ def test_excess_error_of_known_errors_and_of_texts_of_one_rule_whatever_the_prot
     assert okd_eval.excess_error(own, [torch.zeros(25)]) == {}  # a student that is its teacher
     seen, original = [], okd.generate
     monkeypatch.setattr(okd, "generate", lambda *a, **k: seen.append((a[0], a[2], k)) or original(*a, **k))
-    flags = ["--data", job.jsonl, "--output-dir", job.path, *"--greedy --limit 3 --max-new-tokens 7".split()]
-    job.eval(job.folders / "gpt2" / "student", "--teacher", job.folders / "gpt2" / "teacher", *flags)
+    flags = ["--data", job.jsonl, "--output-dir", job.path, "--teacher", job.folders / "gpt2" / "teacher", "--greedy"]
+    job.eval(job.folders / "gpt2" / "student", *flags, *"--no-repeat-ngram-size 6 --limit 3 --max-new-tokens 7".split())
     (_, _, protocol), own, oracle = seen
     assert not protocol["sample"] and own[0] is not oracle[0] and own[1:] == oracle[1:] and "seed" in own[2]
     assert dict(sample=True, temperature=1.0, top_p=1.0, top_k=0, no_repeat_ngram_size=0).items() <= own[2].items()
