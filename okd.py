@@ -170,6 +170,8 @@ METHODS = {
 
 # The losses, per token ------------------------------------------------------------------------------------------------
 
+at_temperature = lambda log_p, temperature: log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
+
 
 def student_loss(log_p, log_q, labels, divergence, ce_weight, rollout=None):
     """L_S, (N,): eq. 17 for ce_weight 0 and fkl. Nothing flows into the teacher. Rollouts add their policy gradient."""
@@ -202,10 +204,6 @@ def policy_loss(log_q, labels, advantage, sampled_log_q, weight, clip=0.2):
 def cross_entropy(log_q, labels):
     """(N, V) log-probabilities, (N,) tokens of the text -> (N,) -log q of them."""
     return -log_q.gather(-1, labels[:, None]).squeeze(-1)
-
-
-def at_temperature(log_p, temperature):
-    return log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 
 def bound_divergence(args, taid_t):
@@ -317,13 +315,14 @@ DEMO = Args(teacher="demo", student="demo", max_length=96, max_new_tokens=48, ep
             teacher_sft="full", teacher_sft_epochs=30, teacher_sft_lr=1e-3, student_sft_epochs=70, student_sft_lr=2e-3,
             eval_every=100, save_every=0)  # fmt: skip
 
-RANGES = (
+RANGES = (  # lowest, highest, flags
     (0, 1, "alpha beta skew student_ce_weight sgo_fraction"),
     (0, 1e9, "anchor ab_alpha ab_beta weight_decay max_grad_norm save_every seed eval_every eval_rows score_rows"),
     (0, 1e9, "teacher_sft_epochs student_sft_epochs lora_top_layers"),
     (1e-9, 1e9, "temperature lr teacher_lr_ratio epochs lora_scale teacher_sft_lr student_sft_lr"),
     (1, 1e9, "batch_size micro_batch_tokens sample_batch_size log_every lora_rank max_new_tokens rollouts"),
 )
+out_of_memory = lambda e: isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 
 def parse(argv):
@@ -370,10 +369,6 @@ def blaming(what):
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{what} ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})") from error
-
-
-def out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
@@ -885,6 +880,9 @@ def micro_batches(rows, args, hw, share=True):
 
 # Models ---------------------------------------------------------------------------------------------------------------
 
+positions = lambda model: getattr(model.config, "max_position_embeddings", None) or math.inf  # of prompt and response
+blocks_of = lambda model: max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
 
 def load_tokenizer(name, args):
     if name == "demo":
@@ -945,15 +943,6 @@ def save_model(model, tokenizer, path):
     own = getattr(model, "own_generation_config", model.generation_config)
     own.eos_token_id = ends(tokenizer)
     (path / "generation_config.json").write_text(own.to_json_string())
-
-
-def positions(model):
-    """Longest sequence that the model's position embeddings allow, prompt and response together."""
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
-
-
-def blocks_of(model):
-    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
 
 
 def lowest_lora(model):
