@@ -43,7 +43,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
-import wandb
 from rouge_score.rouge_scorer import RougeScorer
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
@@ -322,7 +321,6 @@ RANGES = (  # lowest, highest, flags
     (1e-9, 1e9, "temperature lr teacher_lr_ratio epochs lora_scale teacher_sft_lr student_sft_lr"),
     (1, 1e9, "batch_size micro_batch_tokens sample_batch_size log_every lora_rank max_new_tokens rollouts"),
 )
-out_of_memory = lambda e: isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 
 def parse(argv):
@@ -369,6 +367,10 @@ def blaming(what):
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{what} ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})") from error
+
+
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
@@ -730,8 +732,8 @@ class Example:
 
 def read_row(row, tokenizer):
     """A JSON object -> Example. Raises what it likes for one that is malformed. Forms: instruction, input or context,
-    output or response (Alpaca's template); prompt, response (as they are); messages that end in the
-    assistant's (the tokenizer's chat template). A list of outputs is a list of references."""
+    output or response (Alpaca's template); prompt, response (as they are); messages that end in the assistant's (the
+    tokenizer's chat template). A list of outputs is a list of references."""
     end = tokenizer.eos_token_id
     if chat := row.get("messages"):
         if chat[-1]["role"] != "assistant":
@@ -896,11 +898,11 @@ def load_tokenizer(name, args):
 def one_tokenizer(ours, theirs):
     """The teacher's tokenizer, for both. EOS and reserved tokens may differ, as between a family's base and instruct
     models. Raises UserError when others do: distributions are compared token by token."""
-    differ = {token for token, _ in ours.get_vocab().items() ^ theirs.get_vocab().items()}
-    reserved = {
-        added.content for each in (ours, theirs) for added in each.added_tokens_decoder.values() if added.special
-    }
-    ordinary = sorted(differ - reserved)
+    vocab, other = ours.get_vocab(), theirs.get_vocab()
+    differ = {token for token, _ in vocab.items() ^ other.items()}
+    added = [*ours.added_tokens_decoder.items(), *theirs.added_tokens_decoder.items()]
+    reserved = {None} | {number for number, token in added if token.special}
+    ordinary = sorted(token for token in differ if not {vocab.get(token), other.get(token)} <= reserved)
     refuse(ordinary, f"different tokenizers: {len(ordinary)} tokens of teacher and student differ, as {ordinary[:5]}")
     if differ or ours.eos_token != theirs.eos_token:
         print(f"the student gets the teacher's tokenizer: EOS is {ours.eos_token} and was {theirs.eos_token}, "
@@ -1232,6 +1234,8 @@ def distil(args):
     write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2) + "\n"), hw)
     wandb_run = None
     if args.track and hw.rank == 0:
+        import wandb
+
         name = dict(project=os.environ.get("WANDB_PROJECT", "okd"), group="-from-".join(pair), name=folder.name)
         with blaming("cannot start wandb: set WANDB_MODE=offline, or leave --track out"):
             wandb_run = wandb.init(**name, id=folder.name, resume="allow", config=asdict(args), dir=folder)
@@ -1309,6 +1313,8 @@ def finish(args, folder, end, scores, test, wandb_run):
     with open(folder / "metrics.jsonl", "a") as log:
         report(log, wandb_run, "final", end["step"], "final", final)
     if wandb_run is not None:
+        import wandb
+
         rows = zip(test[:20], *(answers for _, answers in scores.values()))
         rows = [[row.prompt, row.references[0], *answers] for row, *answers in rows]
         wandb_run.log({"samples": wandb.Table(["prompt", "reference", *scores], rows)})
