@@ -40,25 +40,22 @@ import huggingface_hub
 import peft
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 import tyro
 from rouge_score.rouge_scorer import RougeScorer
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.pytorch_utils import Conv1D
 
 # Divergences ----------------------------------------------------------------------------------------------------------
-# p is the teacher, q the student: two (..., V) float32 log-probabilities in, as F.kl_div has them, one number per token
-# (...) out. Mixtures are taken in log space: through probabilities a sharp distribution gives 0 * -inf.
+# p is the teacher, q the student: two (..., V) float32 log-probabilities in, one number per token (...) out.
+# Mixtures are taken in log space: through probabilities a sharp distribution gives 0 * -inf.
 
 
 def fkl(log_p, log_q):
     """KL(p || q) = sum_v p_v (log p_v - log q_v): q must cover all that p does. Hinton et al. 2015, arXiv:1503.02531.
     With the entropy of p, which published code drops: its gradient is 0 for a frozen teacher, not for a moving one."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return 0 - (log_p.exp() * (log_q - log_p)).sum(-1)  # this way round the gradient of q is not copied to negate it
 
 
 def rkl(log_p, log_q):
@@ -516,7 +513,7 @@ def learning_rate(step, steps, peak, warmup=0.03):
 CHUNK_ELEMENTS = 2**23  # logits of one network alive at once on a CPU: 32 MB in float32, which its cache nearly holds
 GPU_CHUNKS = 8  # times as many elsewhere, where each chunk costs kernel launches and a (V, H) gradient
 # A decoder's output; what a family's head reads besides (cross attentions, router logits, ...) is None.
-Decoded = type("Decoded", (BaseModelOutputWithPast,), dict(__getattr__=lambda self, name: None))
+Decoded = type("Decoded", (transformers.modeling_outputs.BaseModelOutputWithPast,), dict(__getattr__=lambda *_: None))
 
 
 def trunk(model, batch, states=None):
@@ -687,7 +684,7 @@ class Mixture(transformers.LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         new = slice(None if self.cache is None else -1, None)
-        self.mask = F.pad(self.mask, (0, input_ids.size(1) - self.mask.size(1)), value=1)
+        self.mask = torch.nn.functional.pad(self.mask, (0, input_ids.size(1) - self.mask.size(1)), value=1)
         places = (self.mask.cumsum(1) - 1).clamp_min(0)[:, new]
         output = self.teacher(input_ids=input_ids[:, new], attention_mask=self.mask, position_ids=places,
                               past_key_values=self.cache, use_cache=True, logits_to_keep=1)  # fmt: skip
@@ -955,14 +952,14 @@ def lowest_lora(model):
 
 def add_lora(model, args, top_layers, seed):
     """Eq. 15: LoRA on the layers that --lora-targets names, in the top blocks (0: all). B starts at 0: p_f = p_0."""
-    blocks, linear = blocks_of(model), {m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    blocks, linear = blocks_of(model), (torch.nn.Linear, transformers.Conv1D)
     refuse(top_layers > len(blocks), f"--lora-top-layers {top_layers}: the teacher has only {len(blocks)} layers")
     layers = list(range(len(blocks)))[-top_layers:] if top_layers else None
-    names = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if module in linear})
+    names = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if isinstance(module, linear)})
     targets = {"auto": None, "all-linear": names}.get(args.lora_targets, args.lora_targets.split(","))
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_scale * args.lora_rank,
-                             target_modules=targets, fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear),
-                             layers_to_transform=layers)  # fmt: skip
+                             target_modules=targets, layers_to_transform=layers,
+                             fan_in_fan_out=any(isinstance(m, linear[1]) for m in blocks.modules()))  # fmt: skip
     torch.manual_seed(seed)
     with blaming(f"--lora-targets {args.lora_targets} does not fit: name some of {', '.join(names)}"):
         return peft.get_peft_model(model, config).eval()
