@@ -143,8 +143,7 @@ DIVERGENCES = dict(fkl=fkl, rkl=rkl, frkl=frkl, jsd=jsd, tvd=tvd, sfkl=sfkl, srk
 # The method table: a method = a divergence x whose text it is measured on x whether the teacher moves -----------------
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     divergence: str
     text: str = "data"  # whose: see `Text`
     teacher_moves: bool = False
@@ -166,6 +165,7 @@ METHODS = {
 
 # The losses, per token ------------------------------------------------------------------------------------------------
 
+cross_entropy = functools.partial(torch.nn.functional.nll_loss, reduction="none")  # of (N, V) log q, (N,) tokens
 at_temperature = lambda log_p, temperature: log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 
@@ -195,11 +195,6 @@ def policy_loss(log_q, labels, advantage, sampled_log_q, weight, clip=0.2):
     q / (share p + (1 - share) q) of the mixture that the token was drawn from. arXiv:2306.08543, eq. 5, algorithm 1."""
     ratio = (-cross_entropy(log_q, labels) - sampled_log_q).exp() * weight
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-
-
-def cross_entropy(log_q, labels):
-    """(N, V) log-probabilities, (N,) tokens of the text -> (N,) -log q of them."""
-    return -log_q.gather(-1, labels[:, None]).squeeze(-1)
 
 
 def bound_divergence(args, taid_t):
@@ -280,7 +275,7 @@ class Args:
 
     # -- optimization --
     epochs: float = 20  # passes of the distillation over the data
-    max_steps: int | None = None  # at most so many optimizer steps in each training; for tries
+    max_steps: int = 0  # at most so many optimizer steps in each training, for tries; 0: no limit
     batch_size: int = 32  # rows of an optimizer step, over all micro-batches and processes; the paper's grid: 8, 16, 32
     micro_batch_tokens: int = 4096  # most at once, padding included; changes memory and speed, never the loss
     sample_batch_size: int = 128  # prompts answered at once, when sampling and when scoring
@@ -312,9 +307,10 @@ DEMO = Args(teacher="demo", student="demo", max_length=96, max_new_tokens=48, ep
             eval_every=100, save_every=0)  # fmt: skip
 
 RANGES = (  # lowest, highest, flags
-    (0, 1, "alpha beta skew student_ce_weight sgo_fraction"),
+    (0, 1, "alpha beta student_ce_weight sgo_fraction"),
+    (0, 0.999, "skew"),  # at 1 both sides are the teacher
     (0, 1e9, "anchor ab_alpha ab_beta weight_decay max_grad_norm save_every seed eval_every eval_rows score_rows"),
-    (0, 1e9, "teacher_sft_epochs student_sft_epochs lora_top_layers"),
+    (0, 1e9, "teacher_sft_epochs student_sft_epochs lora_top_layers max_steps"),
     (1e-9, 1e9, "temperature lr teacher_lr_ratio epochs lora_scale teacher_sft_lr student_sft_lr"),
     (1, 1e9, "batch_size micro_batch_tokens sample_batch_size log_every lora_rank max_new_tokens rollouts"),
 )
@@ -329,18 +325,16 @@ def parse(argv):
             begun = Args(**json.loads(stored.read_text()))
         args = tyro.cli(Args, args=argv, default=begun, prog="okd.py")
         refuse(args.precision != begun.precision, f"{args.resume} was begun in {begun.precision}: drop --precision")
-    args.output_dir = args.resume or args.output_dir
-    row = asdict(METHODS[args.method])
+    row = METHODS[args.method]._asdict()
     row["sgo_fraction"] = row["sgo_fraction"] or float(args.text == "student")  # whoever asks for that text gets it
     args = replace(args, **{column: value for column, value in row.items() if getattr(args, column) is None})
     for low, high, names in RANGES:
         for name, value in ((name, getattr(args, name)) for name in names.split()):
             refuse(not low <= value <= high, f"--{name.replace('_', '-')} is {value}: it must lie in [{low}, {high}]")
+    refuse(args.ab_alpha == args.ab_beta == 0, "--ab-alpha 0 with --ab-beta 0: one of them must be larger")
     own, free = args.text in ("student", "adaptive", "mixture"), args.teacher_moves and args.anchor == 0
-    refuse(free and args.alpha == 1, "--alpha 1 needs --anchor: p = q would be a fixed point where nothing is learnt")
-    refuse(free and own, "a moving teacher needs --anchor on student text: y is the student's own token, as at alpha 1")
+    refuse(free and (own or args.alpha == 1), "--alpha 1, as student text, needs --anchor: else p = q is a fixed point")
     refuse(own and args.student_ce_weight > 0, "--student-ce-weight on student text: y is the student's own token")
-    refuse(args.text == "student" and not args.sgo_fraction, "--text student with --sgo-fraction 0 is --text data")
     refuse(args.text == "adaptive" and not args.eval_rows, "--text adaptive needs --eval-rows, by which phi grows")
     refuse(args.cache_teacher and (own or args.shard), "--cache-teacher needs text that stays, and no --shard")
     return args
@@ -377,13 +371,15 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
     """Algorithm 1: train the student, and with args.teacher_moves the teacher's module. One loop for every method.
     Goes on from the checkpoint in `folder` when there is one. -> the state at the end. Exits after a signal."""
     networks = torch.nn.ModuleDict(dict(student=student) | (dict(teacher=teacher) if args.teacher_moves else {}))
+    for network in networks.values() if args.gradient_checkpointing else ():
+        network.activation_checkpointing_enable(dict(use_reentrant=False))
     moving = {name: p.data for name, p in networks.named_parameters() if p.requires_grad}
     optimizers = {name: adamw(network, args.weight_decay) for name, network in networks.items()}
     scaler = torch.amp.GradScaler(hw.device.type, enabled=hw.dtype == torch.float16)
     scalars = dict(taid_t=0.4, taid_momentum=0.0, taid_loss=math.inf, skipped_steps=0.0)
     scalars = {name: torch.tensor(value, device=hw.device) for name, value in scalars.items()}
     state = dict(step=0, seconds=0.0, tokens=0, logged=0, first=None, best=None, last=None, sampling_s=0.0,
-                 phi=args.sgo_fraction, reference=None, replay=[], rollouts=[])  # fmt: skip
+                 phi=args.sgo_fraction, replay=[], rollouts=[])  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     state, best = load_checkpoint(folder, networks, optimizers, scaler, scalars) or (state, None)
     log = open(os.devnull if hw.rank else folder / "metrics.jsonl", "a", buffering=1)
@@ -432,7 +428,7 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
         sums, backward = Counter(), lambda loss: scaler.scale(loss / tokens).backward()
         networks.train()  # elsewhere in eval mode; the teacher was loaded without dropout
         for batch in micro_batches(rows, args, hw):
-            sums.update(run_batch(student, asked, batch, hw, losses, backward, args.teacher_moves, need_p0, look))
+            sums.update(run_batch(student, asked, batch, hw, losses, backward, need_p0, look))
         networks.eval()
         means = {name: value / tokens for name, value in hw.total(sums).items()}
 
@@ -495,8 +491,7 @@ def update(optimizer, scaler, rate, max_norm, hw):
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    if not scaler.is_enabled():
-        optimizer.found_inf = (~norm.isfinite()).float()  # what a GradScaler tells a fused optimizer
+    optimizer.found_inf = (~norm.isfinite()).float()  # then a fused optimizer skips; a GradScaler in use sets its own
     scaler.step(optimizer)
     optimizer.zero_grad()
     return norm
@@ -521,7 +516,7 @@ def trunk(model, batch, states=None):
     No attention mask: padding is on the right, and causal attention never looks there. The head is the family's own
     forward with its decoder replaced, so that tied weights, scales and soft caps are the family's business. `states`,
     from `with_states`: (N, H) are the hidden states already; (B, T, H) enter the lowest block that carries LoRA."""
-    decoder = (model.get_base_model() if isinstance(model, peft.PeftModel) else model).get_decoder()
+    decoder = model.get_decoder()
     if states is None or states.ndim == 3:
         with contextlib.ExitStack() as stack:
             for block in blocks_of(model)[: lowest_lora(model)] if states is not None else ():
@@ -536,24 +531,21 @@ def trunk(model, batch, states=None):
     return states, head
 
 
-def run_batch(student, teacher, batch, hw, losses=None, backward=None, moves=False, need_p0=False, look=False):
+def run_batch(student, teacher, batch, hw, losses=None, backward=None, need_p0=False, look=False):
     """Forward, and with `backward` back-propagate, one Batch. -> {name: sum over its tokens}, tensors on the device.
     losses(log_p, log_q, log_p0, labels, rollout) -> {name: (n,) losses}; what flows back is their sum. The gradient of
     the hidden states is collected chunk by chunk and sent through each trunk once, so that only so many logits of a
     network live at a time, and each is normalised once. `look` adds what `measure` measures. teacher may be None."""
-    with hw.autocast():
-        trunks = {"q": trunk(student, batch)}
-        if teacher is not None:
-            with torch.set_grad_enabled(moves):
-                trunks["p"] = trunk(teacher, batch, batch.states)
-            if need_p0:  # no second copy of the teacher: its module is switched off
-                with torch.no_grad(), teacher.disable_adapter():
-                    trunks["p0"] = trunk(teacher, batch, batch.states)
-    leaves = {name: hidden.detach().requires_grad_(hidden.requires_grad) for name, (hidden, _) in trunks.items()}
-
     sums, size = Counter(), CHUNK_ELEMENTS * (1 if hw.device.type == "cpu" else GPU_CHUNKS)
     size = max(1, size // student.get_output_embeddings().weight.size(0))
     with hw.autocast():  # one region, so that a head is cast once for all chunks
+        trunks = {"q": trunk(student, batch)}
+        if teacher is not None:
+            trunks["p"] = trunk(teacher, batch, batch.states)
+            if need_p0:  # no second copy of the teacher: its module is switched off
+                with torch.no_grad(), teacher.disable_adapter():
+                    trunks["p0"] = trunk(teacher, batch, batch.states)
+        leaves = {name: hidden.detach().requires_grad_(hidden.requires_grad) for name, (hidden, _) in trunks.items()}
         for part in (slice(start, start + size) for start in range(0, len(batch.labels), size)):
             log = {name: trunks[name][1](leaf[part]).log_softmax(-1) for name, leaf in leaves.items()}
             log_p, log_q, log_p0 = log.get("p"), log["q"], log.get("p0", log.get("p"))
@@ -593,8 +585,7 @@ class Text:
         r, phi, adaptive = chance.random(), self.state["phi"], self.args.text == "adaptive"
         if r >= phi or self.args.text in ("data", "teacher"):
             return rows
-        full = len(self.state["replay"]) >= REPLAY_CAPACITY
-        fresh = not adaptive or not full or r < phi * (1 - step / self.steps)
+        fresh = not adaptive or len(self.state["replay"]) < REPLAY_CAPACITY or r < phi * (1 - step / self.steps)
         if fresh:
             rows = self.answers(rows, step)
             self.state["replay"] = [*self.state["replay"], *rows][-REPLAY_CAPACITY:]
@@ -635,9 +626,8 @@ class Text:
 
     def validated(self, loss, patience=0.1, step=0.1):
         """DistiLLM: phi grows when the validation loss is `patience` over its reference, which is then replaced."""
-        if self.state["reference"] is None:
-            self.state["reference"] = loss
-        elif self.args.text == "adaptive" and loss >= self.state["reference"] + patience:
+        reference = self.state.setdefault("reference", loss)
+        if self.args.text == "adaptive" and loss >= reference + patience:
             self.state |= dict(phi=min(1.0, self.state["phi"] + step), reference=loss)
 
 
@@ -666,9 +656,9 @@ def generate(model, tokenizer, prompts, hw, new_tokens, batch_size=128, sample=F
         ids = [torch.tensor(prompts[i]) for i in rows]
         mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, "left").to(hw.device)
         ids = pad_sequence(ids, True, stops[0], "left").to(hw.device)
-        mixed = [Mixture(teacher, mask)] if teacher else []
-        with hw.autocast():
-            output = model.generate(ids, config, mixed, attention_mask=mask,
+        # generate() would fill what we leave open from the model's own file: repetition penalty, min_p, ...
+        with hw.autocast(), mock.patch.object(model, "generation_config", config):
+            output = model.generate(ids, config, [Mixture(teacher, mask)] if teacher else [], attention_mask=mask,
                                     synced_gpus=isinstance(blocks_of(model)[0], FSDPModule))  # fmt: skip
         for i, response in zip(rows, output[:, ids.size(1) :].tolist()):
             answers[i] = response[: next((t + 1 for t, token in enumerate(response) if token in stops), None)]
@@ -796,8 +786,8 @@ def load_data(args, tokenizer):
         with blaming(f"cannot read {args.data}"):
             rows = read(args.data, open(args.data, "rb"))
         random.Random(0).shuffle(rows)  # the same split for every seed
-        held_out = min(500, math.ceil(len(rows) / 20))
-        data |= dict(train=rows[held_out:] or rows, dev=rows[:held_out], test=rows[:held_out])
+        held_out = min(500, math.ceil(len(rows) / 20))  # each, for looks and for the score
+        data |= dict(train=rows[2 * held_out :] or rows, dev=rows[held_out:][:held_out], test=rows[:held_out])
     elif not data:  # the splits of the published results
         raw, valid = (hub_lines("MiniLLM/dolly", file) for file in ("raw.jsonl", "valid.jsonl"))
         parts = dict(train=raw[1000:], dev=raw[:1000], test=valid)
@@ -837,11 +827,9 @@ class Batch(NamedTuple):
 def collate(rows, device):
     """Examples -> Batch. Everything comes from lengths, nothing from ids: pad may be EOS, and EOS is a target."""
     input_ids = pad_sequence([torch.tensor(row.prompt_ids + row.response_ids) for row in rows], True)
-    starts = [i * input_ids.size(1) + len(row.prompt_ids) - 1 for i, row in enumerate(rows)]
-    places = [start + t for start, row in zip(starts, rows) for t in range(len(row.response_ids))]
-    labels = [token for row in rows for token in row.response_ids]
-    rollout = [values for row in rows for values in row.rollout or ()]
-    tensors, states = [torch.as_tensor(x) for x in (input_ids, places, labels, rollout)], [row.states for row in rows]
+    response = pad_sequence([torch.arange(len(row)) >= len(row.prompt_ids) for row in rows], True)
+    rollout, states = [values for row in rows for values in row.rollout or ()], [row.states for row in rows]
+    tensors = [input_ids, response.flatten().nonzero().squeeze(1) - 1, input_ids[response], torch.tensor(rollout)]
     if states[0] is not None:  # of all positions, or of those with a label
         tensors.append(pad_sequence(states, True) if len(states[0]) == len(rows[0]) else torch.cat(states))
     return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
@@ -918,9 +906,8 @@ def load_model(name, role, args, dtype, hw=None, dropout=True):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with blaming(f"cannot load the {role} {name}: give a local folder with *.safetensors or a hub id, or set HF_HOME"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        for key, value in config.to_dict().items():
-            if not dropout and "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
+        rates = [key for key, value in config.to_dict().items() if "drop" in key and isinstance(value, float)]
+        config.update({} if dropout else dict.fromkeys(rates, 0.0))
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel instead of eight
         options = dict(config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True)
@@ -928,20 +915,14 @@ def load_model(name, role, args, dtype, hw=None, dropout=True):
             four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)  # with 8bit nobody reads it
             bits = transformers.BitsAndBytesConfig(**{f"load_in_{args.teacher_quant}": True}, **four)
             options |= dict(quantization_config=bits, device_map={"": hw.device})
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-    # generate() would fill what we leave open from the model's own file (repetition penalty, min_p, ...), and neither
-    # text nor score would be what it says. The token ids stay, and save_model gives the file back.
-    model.own_generation_config, ids = model.generation_config, ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = transformers.GenerationConfig(**{k: getattr(model.generation_config, k) for k in ids})
-    return model
+        return transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
 
 
 def save_model(model, tokenizer, path):
     """A folder for from_pretrained; the generation_config that the model came with then stops where we do."""
     model.save_pretrained(path), tokenizer.save_pretrained(path)
-    own = getattr(model, "own_generation_config", model.generation_config)
-    own.eos_token_id = ends(tokenizer)
-    (path / "generation_config.json").write_text(own.to_json_string())
+    model.generation_config.eos_token_id = ends(tokenizer)
+    (path / "generation_config.json").write_text(model.generation_config.to_json_string())
 
 
 def lowest_lora(model):
@@ -954,14 +935,14 @@ def add_lora(model, args, top_layers, seed):
     """Eq. 15: LoRA on the layers that --lora-targets names, in the top blocks (0: all). B starts at 0: p_f = p_0."""
     blocks, linear = blocks_of(model), (torch.nn.Linear, transformers.Conv1D)
     refuse(top_layers > len(blocks), f"--lora-top-layers {top_layers}: the teacher has only {len(blocks)} layers")
-    layers = list(range(len(blocks)))[-top_layers:] if top_layers else None
+    layers = list(range(len(blocks)))[-top_layers:]
     names = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if isinstance(module, linear)})
     targets = {"auto": None, "all-linear": names}.get(args.lora_targets, args.lora_targets.split(","))
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_scale * args.lora_rank,
-                             target_modules=targets, layers_to_transform=layers,
-                             fan_in_fan_out=any(isinstance(m, linear[1]) for m in blocks.modules()))  # fmt: skip
+                             target_modules=targets, layers_to_transform=layers)  # fmt: skip
     torch.manual_seed(seed)
     with blaming(f"--lora-targets {args.lora_targets} does not fit: name some of {', '.join(names)}"):
+        assert set(targets or ()) <= set(names), "a layer outside the blocks, such as the head, cannot carry LoRA"
         return peft.get_peft_model(model, config).eval()
 
 
@@ -978,17 +959,17 @@ def fine_tuned(args, role, source, rows, epochs, lr, lora, dev, tokenizer, hw, f
     determines the weights, and always read back from there. -> (name or folder to load it from, seconds)."""
     if epochs == 0:
         return source, 0.0
-    sft = replace(args, **asdict(METHODS["sft"]), method="sft", seed=0, epochs=epochs, lr=lr, select="last")
+    sft = replace(args, **METHODS["sft"]._asdict(), method="sft", seed=0, epochs=epochs, lr=lr, select="last")
     recipe = "epochs lr max_steps batch_size weight_decay max_grad_norm precision".split()
     recipe += "lora_rank lora_scale lora_targets teacher_quant".split() if lora else []
     kept = cache_path(args, role, source, [lora, *(getattr(sft, flag) for flag in recipe)], rows, hw)
     if hw.gather(kept.exists())[0]:
         print(f"{role}: fine-tuned before, kept in {kept}")
         return str(kept), 0.0
-    work = folder / f"{role}_sft"
+    work = folder / f"sft-{kept.name}"  # one for each recipe, so that a resume never takes one training for another
     model = load_model(source, role, args, hw.dtype if lora else torch.float32, hw if lora else None)
     model = place(add_lora(model, args, 0, seed=0) if lora else model, hw, shard=args.shard and lora)
-    seconds = train(sft, model, None, dict(train=rows), tokenizer, hw, work, phase=work.name)["seconds"]
+    seconds = train(sft, model, None, dict(train=rows), tokenizer, hw, work, phase=f"{role}_sft")["seconds"]
     gold_ce = lambda model: evaluate(sft, model, model, dev, tokenizer, hw)["student_ce"]
     before = gold_ce(model) if lora else None
     if lora and hw.rank == 0:  # into a fresh copy, for this one may be sharded or quantized; in float32, rounded once
@@ -1040,29 +1021,25 @@ def with_states(args, teacher, source, rows, hw):
 
     def states(part):
         entering, watched = [], blocks[min(cut, len(blocks) - 1)]
-        hook = watched.register_forward_pre_hook(lambda _, given: entering.extend(given[0]))
-        with hw.autocast():
+        with hw.autocast(), watched.register_forward_pre_hook(lambda _, given: entering.extend(given[0])):
             last = trunk(teacher, collate(part, hw.device))[0]
-        hook.remove()
         return (last if frozen else torch.cat([x[: len(row)] for x, row in zip(entering, part)])).to(hw.dtype)
 
     def fill(temporary):
-        rest, size = mapped(temporary), max(1, args.micro_batch_tokens // len(order[-1]))
-        for start in tqdm(range(0, len(order), size), "teacher's states", disable=None):
-            found = states(order[start : start + size])
-            rest[: len(found)] = found
-            rest = rest[len(found) :]
+        size = max(1, args.micro_batch_tokens // len(order[-1]))
+        with open(temporary, "wb") as file:
+            for start in tqdm(range(0, len(order), size), "teacher's states", disable=None):
+                file.write(states(order[start : start + size]).cpu().view(torch.uint8).numpy())
 
     probe, lengths = states(order[:8]), [len(row.response_ids) if frozen else len(row) for row in order]
     shape = sum(lengths), probe.size(-1)
-    mapped = lambda path: torch.from_file(str(path), True, math.prod(shape), dtype=hw.dtype).view(shape)
     path = cache_path(args, "states", source, [cut, str(hw.dtype), args.teacher_quant], order, hw)
     if not hw.gather(path.exists())[0]:
         needed, free = math.prod(shape) * probe.element_size() / 1e9, shutil.disk_usage(path.parent).free / 1e9
         print(f"teacher's states: {needed:.2f} GB to {path}, where {free:.1f} GB are free")
         refuse(needed > free, f"--cache-teacher needs {needed:.2f} GB in {path.parent}: choose another --cache-dir")
         write_whole(path, fill, hw)
-    file = mapped(path)
+    file = torch.from_file(str(path), True, math.prod(shape), dtype=hw.dtype).view(shape)
     error = ((file[: len(probe)].to(hw.device) - probe).norm() / probe.norm()).item()
     limit = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(hw.dtype, 1e-4)  # another padding may round differently
     refuse(not error <= limit, f"--cache-teacher: {path} is {error:.0e} off what the teacher computes: delete it")
@@ -1073,6 +1050,7 @@ def with_states(args, teacher, source, rows, hw):
 # Processes, disk, signals ---------------------------------------------------------------------------------------------
 
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+on_signals = lambda handler: [signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
 @dataclass
@@ -1164,7 +1142,8 @@ def load_checkpoint(folder, networks, optimizers, scaler, scalars):
                 break
         print(f"{path} is damaged: the one before it is used", file=sys.stderr)
     else:
-        return refuse(there, f"every checkpoint in {folder} is damaged: begin in another folder")
+        refuse(there, f"every checkpoint in {folder} is damaged: begin in another folder")
+        return None
     saved = torch.load(path, map_location="cpu", weights_only=True)
     networks.load_state_dict(saved["weights"], strict=False)
     for name, optimizer in optimizers.items():
@@ -1199,11 +1178,6 @@ def force_to_disk(*paths):
         os.fsync(descriptor), os.close(descriptor)
 
 
-def on_signals(handler):
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-
-
 # main -----------------------------------------------------------------------------------------------------------------
 
 
@@ -1213,19 +1187,20 @@ def distil(args):
         hw = pick_hardware(args)
     if hw.rank:  # one process speaks, and one writes
         sys.stdout = open(os.devnull, "w")
-    refuse(args.batch_size % hw.world, f"--batch-size {args.batch_size} is no multiple of the {hw.world} processes")
     refuse(args.shard and (hw.world == 1 or args.text == "mixture" or args.teacher_sft == "full"),
            "--shard needs several processes, --teacher-sft lora, and text of one network")  # fmt: skip
     pair = [pathlib.PurePath(name).name for name in (args.student, args.teacher)]
     stamp = hw.gather(time.strftime("%m%d-%H%M%S"))[0]
-    args.output_dir = args.output_dir or f"runs/{args.method}-{'-'.join(pair)}-s{args.seed}-{stamp}"
+    args.output_dir = args.resume or args.output_dir or f"runs/{args.method}-{'-'.join(pair)}-s{args.seed}-{stamp}"
     folder = pathlib.Path(args.output_dir)
     refuse(hw.gather((folder / "student").exists() if args.resume else folder.exists())[0],
            f"{folder} holds a run: choose another --output-dir, or --resume one that has not ended")  # fmt: skip
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # between peft and transformers
+    warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out).*")  # of peft
     tokenizer = one_tokenizer(load_tokenizer(args.teacher, args), load_tokenizer(args.student, args))
     data = load_data(args, tokenizer)
+    size = min(args.batch_size, len(data["train"]))
+    refuse(size % hw.world, f"--batch-size {size} is no multiple of the {hw.world} processes")
     print(f"{args.method} on {hw.world} x {hw.device} in {hw.dtype}:", {name: len(rows) for name, rows in data.items()})
     args.precision = next(name for name, dtype in PRECISIONS.items() if dtype == hw.dtype)
     write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2) + "\n"), hw)
@@ -1244,9 +1219,10 @@ def distil(args):
     refuse(args.max_length > min(positions(teacher), positions(student)),
            f"--max-length {args.max_length} is more than the positions of the teacher or the student")  # fmt: skip
     heads = [model.get_output_embeddings().weight.size(0) for model in (teacher, student)]
-    for model in (teacher, student) if heads[0] != heads[1] else ():  # padded to two sizes
-        print(f"heads of {heads} rows are cut to the {min(heads)} they share")
-        model.resize_token_embeddings(min(heads))
+    for model, rows in zip((teacher, student), heads):
+        if rows > min(heads):  # padded to two sizes
+            print(f"a head of {rows} rows is cut to the {min(heads)} that both have")
+            model.resize_token_embeddings(min(heads))
     if args.teacher_moves:
         teacher = add_lora(teacher, args, args.lora_top_layers, args.seed)
     teacher, student = place(teacher, hw, args.shard), place(student, hw)
@@ -1258,8 +1234,6 @@ def distil(args):
         data["train"] = teacher_text(args, teacher, data["train"], tokenizer, hw, folder)
     if args.cache_teacher:
         data["train"] = with_states(args, teacher, sources["teacher"], data["train"], hw)
-    for model in (student, teacher) if args.gradient_checkpointing else ():
-        model.activation_checkpointing_enable(dict(use_reentrant=False))
     end = train(args, student, teacher, data, tokenizer, hw, folder, wandb_run=wandb_run)
     scores |= dict(rouge_l=rouge(student)) if test else {}
     if hw.rank == 0:
@@ -1284,10 +1258,7 @@ def starts(args, data, tokenizer, hw, folder):
         start, student_s = tune("student", args.student, rows, args.student_sft_epochs, args.student_sft_lr, False)
         used = dict(teacher=source, student=start, teacher_s=teacher_s, student_s=student_s)
         write_whole(record, lambda path: path.write_text(json.dumps(used)), hw)
-    used = json.loads(record.read_text())
-    for source in (used["teacher"], used["student"]):
-        refuse(os.path.isabs(source) and not os.path.exists(source), f"{folder} was begun from {source}, which is gone")
-    return used
+    return json.loads(record.read_text())
 
 
 def finish(args, folder, end, scores, test, wandb_run):

@@ -391,7 +391,7 @@ def test_chunks_give_the_plain_losses_and_gradients_of_both_networks(family, nam
     expected = {name: term.sum() for name, term in terms.items()}
     truth = torch.autograd.grad(sum(expected.values()), moving)
     monkeypatch.setattr(okd, "CHUNK_ELEMENTS", 384 * 7)  # seven tokens a chunk
-    sums = okd.run_batch(student, teacher, batch, CPU, losses, backward, moves=True, need_p0=True)
+    sums = okd.run_batch(student, teacher, batch, CPU, losses, backward, need_p0=True)
     assert_all_close(sums, expected, **close)
     assert_close([p.grad for p in moving], list(truth), **close)
 
@@ -423,7 +423,7 @@ def test_no_tensor_holds_more_logits_than_a_chunk_which_is_larger_off_the_cpu(de
     batch, (student, teacher) = okd.collate(examples, "cpu"), pair(tiny_args(), vocab_size=vocab)
     losses = lambda *logs: parts.append(len(logs[0])) or both_losses()(*logs)
     with Watch():
-        okd.run_batch(student, teacher, batch, hw, losses, backward, moves=True, need_p0=True, look=True)
+        okd.run_batch(student, teacher, batch, hw, losses, backward, need_p0=True, look=True)
     largest = max(shape.numel() for shape in seen if shape[-1:] == (vocab,) and shape != (32, vocab))  # the head's
     assert okd.GPU_CHUNKS == 8 and largest == vocab * size and max(parts) == size
     assert len(batch.labels) == sum(parts) > 4 * size
@@ -661,7 +661,7 @@ def test_a_models_own_generation_config_changes_no_text_and_comes_back_with_the_
 
 
 def text_of(args, examples, tokenizer, student=None, teacher=None, steps=10, answer=None):  # by answer(step)
-    state = dict(phi=args.sgo_fraction, reference=None, replay=[], rollouts=[], sampling_s=0.0)
+    state = dict(phi=args.sgo_fraction, replay=[], rollouts=[], sampling_s=0.0)
     text = okd.Text(args, student, teacher, examples, tokenizer, CPU, steps, state)
     if answer:
         text.answers = lambda rows, step, teacher=None: [row.answered(answer(step), 96) for row in rows]
@@ -875,8 +875,8 @@ def test_a_run_leaves_folders_that_load_everywhere_and_a_second_starts_from_the_
     out, folder = job(), job.folder
     block = dict(re.findall(r"^([a-z_]+): (.*)$", out, re.M))
     assert block["method"] == "okd" and block["steps"] == "2" and re.search(r"\nstudent, okd +\d", out)
-    assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "models.json", "student",
-                                                         "student_sft", "teacher_lora", "teacher_sft"}  # fmt: skip
+    assert {path.name for path in folder.iterdir() if "sft-" not in path.name} == {
+        *"args.json metrics.jsonl models.json student teacher_lora".split()}  # fmt: skip
     assert transformers.AutoModelForCausalLM.from_pretrained(folder / "student").config.vocab_size == 384
     writer = transformers.pipeline("text-generation", model=str(folder / "student"), max_new_tokens=4)
     assert writer("shout ba\n")[0]["generated_text"].startswith("shout ba\n")
@@ -910,8 +910,8 @@ def test_fine_tuned_models_are_kept_by_what_determines_them_and_lora_is_merged_i
     out = job("--precision", "bf16", "--teacher-sft-lr", "1e-2", "--cache-dir", tmp_path / "other")
     before, after = map(float, re.search(r"CE on dev rows ([\d.]+) with LoRA, ([\d.]+) merged", out).groups())
     assert after == pytest.approx(before, rel=0.02)
-    merged = peft.PeftModel.from_pretrained(base, job.folder / "teacher_sft").merge_and_unload().state_dict()
     (kept,) = (tmp_path / "other").glob("teacher-*")
+    merged = peft.PeftModel.from_pretrained(base, job.folder / f"sft-{kept.name}").merge_and_unload().state_dict()
     for name, value in weights_of(kept, "model.safetensors").items():  # rounded once
         assert torch.equal(value, merged[name].to(torch.bfloat16)), name
 
@@ -971,7 +971,7 @@ def test_cached_states_spare_the_blocks_below_and_the_file_holds_what_it_should(
     okd.blocks_of(teacher)[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     for batch in (okd.collate(part, "cpu") for part in (examples[5:9], rows[5:9])):
         calls.clear(), student.zero_grad(), teacher.zero_grad()
-        sums = okd.run_batch(student, teacher, batch, CPU, both_losses(), backward, True, True, True)
+        sums = okd.run_batch(student, teacher, batch, CPU, both_losses(), backward, True, True)
         found.append((len(calls), sums, gradients(teacher), gradients(student)))
     assert (found[0][0], found[1][0]) == (2, 0)  # for p_f and p_0; for neither
     for plain_ones, cached in zip(found[0][1:], found[1][1:]):
@@ -1001,7 +1001,7 @@ def test_tokenizers_may_differ_in_reserved_names_and_eos_and_heads_in_size_but_n
         okd.one_tokenizer(ours, words("b", "x", "<end>", "<turn>"))
     job.family, padded = "llama", job.path / "padded"
     tiny("llama", 1, vocab_size=400).save_pretrained(padded), tokenizer.save_pretrained(padded)
-    assert "heads of [400, 384] rows are cut to the 384 they share" in job("--teacher", padded, *NO_SFT)
+    assert "a head of 400 rows is cut to the 384 that both have" in job("--teacher", padded, *NO_SFT)
 
 
 BAD = [  # content of the training file, or flags; what the one line says
@@ -1010,13 +1010,12 @@ BAD = [  # content of the training file, or flags; what the one line says
     ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
     ('{"prompt": "a\\ud800", "response": "b"}', "line 1 needs instruction"), ("{nonsense", "line 1 needs instruction"),
     ('{"prompt": "a", "response": ""}', "no usable row among 1"),
-    ("--text student", "a moving teacher needs --anchor on student text"), ("--lr 0", "--lr is 0.0: it must lie in"),
-    ("--text mixture", "a moving teacher needs --anchor on student text"), ("--alpha 1", "--alpha 1 needs --anchor"),
+    *((flags, "needs --anchor") for flags in ("--text student", "--text mixture", "--alpha 1")),
+    ("--skew 1", "--skew is 1.0"), ("--ab-alpha 0 --ab-beta 0", "must be larger"), ("--max-steps -1", "is -1: it must"),
     ("--method gkd --student-ce-weight 0.5", "--student-ce-weight on student text"), ("--alpha 1.5", "--alpha is 1.5"),
-    ("--method gkd --sgo-fraction 0", "--text student with --sgo-fraction 0"), ("--lr nan", "--lr is nan"),
+    ("--lr 0", "--lr is 0.0: it must lie in"), ("--lr nan", "--lr is nan"), ("--lora-targets lm_head", "does not fit"),
     ("--method gkd --cache-teacher", "--cache-teacher needs text that stays"),
-    ("--batch-size 0", "--batch-size is 0: it must lie in [1"),
-    ("--method distillm --eval-rows 0", "--text adaptive needs --eval-rows"),
+    ("--batch-size 0", "--batch-size is 0: it must"), ("--method distillm --eval-rows 0", "adaptive needs --eval-rows"),
     ("--cache-teacher", "--cache-teacher needs --lora-top-layers"), ("--teacher-sft-lr -1", "--teacher-sft-lr is -1"),
     ("--teacher ./no/such/folder", "cannot load the tokenizer of ./no/such/folder"),
     ("--lora-targets q_projj", "--lora-targets q_projj does not fit: name some of c_attn, c_fc, c_proj"),
@@ -1108,7 +1107,7 @@ KILLS = [  # flags; kills: the how-manieth call of what, and what the next attem
     ("okd", TWICE), ("taid", TWICE), ("gkd", TWICE), ("opd --sgo-source replay", TWICE),
     ("minillm --rollouts 4", TWICE), ("distillm --sgo-fraction 0.7", TWICE),
     ("okd --teacher-sft-epochs 1 --student-sft-epochs 1", [
-        (6, "student_loss", "teacher_sft: goes on after step 3"), (14, "student_loss", "student_sft: .* after step 6"),
+        (6, "student_loss", "sft-teacher.*: goes on after step 3"), (14, "student_loss", "sft-student.* after step 6"),
         (12, "student_loss", "run: goes on after step 6"), (1, "finish", "run: goes on after step 12")]),
     # before and after the checkpoint of step 6 gets its name; the first six calls are for flags, models, and step 3
     ("okd", [(7, "force_to_disk", "goes on after step 3")]), ("okd", [(8, "force_to_disk", "goes on after step 6")]),
@@ -1130,6 +1129,13 @@ def test_a_killed_run_ends_bit_identical_to_one_that_was_not(flags, kills, job, 
     assert_same_run(job.folder, job.path / "whole")
 
 
+def test_a_warm_start_that_was_killed_is_not_taken_for_one_of_another_recipe(job):
+    flags, other = [*LONG, "--teacher-sft-epochs", "1"], ["--teacher-sft-lr", "1e-3", "--cache-dir", job.path / "other"]
+    job(*flags, *other, "--output-dir", job.path / "whole")
+    job.killed(6, *flags), job.resume("--teacher-sft-lr", "1e-3")
+    assert_same_run(job.folder, job.path / "whole")
+
+
 def test_resume_takes_the_last_whole_checkpoint_and_the_teacher_of_before_or_says_why_not_in_one_line(job, monkeypatch):
     flags, loaded = [*LONG, "--teacher-sft-epochs", "1"], []
     job(*flags, "--output-dir", job.path / "whole"), job.killed(11, *flags)
@@ -1147,7 +1153,7 @@ def test_resume_takes_the_last_whole_checkpoint_and_the_teacher_of_before_or_say
         (kept,) = (job.path / "cache").glob("teacher-*")  # the other learning rate changed nothing
         assert ("teacher", str(kept)) in loaded
     moved = kept.rename(job.path / "elsewhere")
-    assert f"was begun from {kept}, which is gone" in job.resume("--teacher-sft-lr", "1e-3", code=2)
+    assert f"cannot load the teacher {kept}" in job.resume("--teacher-sft-lr", "1e-3", code=2)
     moved.rename(kept), os.truncate(before, 100), os.truncate(last, 100)
     assert "holds a run" in job.call("--resume", job.path / "whole", code=2)
     assert "was begun in fp32: drop --precision" in job.resume("--precision", "fp16", code=2)
