@@ -283,7 +283,9 @@ TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}TURN\n{% endfor
             "<assistant>{% if enable_thinking is false %}!{% endif %}{% endif %}")  # fmt: skip
 
 
-def test_unusable_rows_are_dropped_and_counted_long_ones_cut_fields_that_are_not_read_said_once(tokenizer, capsys):
+def test_unusable_rows_are_dropped_and_counted_long_ones_cut_unread_fields_said_once(tokenizer, capsys, jsonl):
+    data = okd.load_data(okd.Args(data=str(jsonl)), tokenizer)  # what is scored was neither trained on nor looked at
+    assert len({row.prompt for rows in data.values() for row in rows}) == sum(map(len, data.values())) == 40
     rows = [("ok", "yes"), ("x" * 9, "long prompt"), ("empty", ""), ("cut", "y" * 30)]
     lines = [json.dumps(dict(prompt=prompt, response=response, passage="input, or not?")) for prompt, response in rows]
     kept = okd.read_rows("here", lines, tokenizer, tiny_args(max_length=12, max_prompt_length=8))
@@ -1009,21 +1011,19 @@ BAD = [  # content of the training file, or flags; what the one line says
     ('{"prompt": "a", "response": "b"}\n{"prompt": 1}', "line 2 needs instruction"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
     ('{"prompt": "a\\ud800", "response": "b"}', "line 1 needs instruction"), ("{nonsense", "line 1 needs instruction"),
-    ('{"prompt": "a", "response": ""}', "no usable row among 1"),
+    ('{"prompt": "a", "response": ""}', "no usable row among 1"), ("--teacher-sft-lr -1", "--teacher-sft-lr is -1"),
     *((flags, "needs --anchor") for flags in ("--text student", "--text mixture", "--alpha 1")),
     ("--skew 1", "--skew is 1.0"), ("--ab-alpha 0 --ab-beta 0", "must be larger"), ("--max-steps -1", "is -1: it must"),
     ("--method gkd --student-ce-weight 0.5", "--student-ce-weight on student text"), ("--alpha 1.5", "--alpha is 1.5"),
     ("--lr 0", "--lr is 0.0: it must lie in"), ("--lr nan", "--lr is nan"), ("--lora-targets lm_head", "does not fit"),
-    ("--method gkd --cache-teacher", "--cache-teacher needs text that stays"),
+    ("--method gkd --cache-teacher", "needs text that stays"), ("--lora-top-layers 9", "the teacher has only 4 layers"),
     ("--batch-size 0", "--batch-size is 0: it must"), ("--method distillm --eval-rows 0", "adaptive needs --eval-rows"),
-    ("--cache-teacher", "--cache-teacher needs --lora-top-layers"), ("--teacher-sft-lr -1", "--teacher-sft-lr is -1"),
-    ("--teacher ./no/such/folder", "cannot load the tokenizer of ./no/such/folder"),
+    ("--cache-teacher", "needs --lora-top-layers"), ("--teacher ./no/such/folder", "cannot load the tokenizer of ./no"),
     ("--lora-targets q_projj", "--lora-targets q_projj does not fit: name some of c_attn, c_fc, c_proj"),
     ("--max-length 999", "--max-length 999 is more than the positions"), ("--output-dir file/run", "Not a directory"),
     ("--cache-dir file/run --teacher-sft-epochs 1", "Not a directory"), ("--shard", "--shard needs several processes"),
     ("--device cuda:77", "--device cuda:77 is not usable here"), ("--data nowhere.jsonl", "cannot read nowhere.jsonl"),
     ("--device toaster", "--device toaster is not usable here"), ("--teacher-quant 4bit", "cannot load the teacher"),
-    ("--lora-top-layers 9", "the teacher has only 4 layers"),
 ]  # fmt: skip
 
 
