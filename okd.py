@@ -787,7 +787,7 @@ def load_data(args, tokenizer):
             rows = read(args.data, open(args.data, "rb"))
         random.Random(0).shuffle(rows)  # the same split for every seed
         held_out = min(500, math.ceil(len(rows) / 20))  # each, for looks and for the score
-        data |= dict(train=rows[2 * held_out :] or rows, dev=rows[held_out:][:held_out], test=rows[:held_out])
+        data |= dict(train=rows[2 * held_out :] or rows, dev=rows[held_out : 2 * held_out], test=rows[:held_out])
     elif not data:  # the splits of the published results
         raw, valid = (hub_lines("MiniLLM/dolly", file) for file in ("raw.jsonl", "valid.jsonl"))
         parts = dict(train=raw[1000:], dev=raw[:1000], test=valid)
@@ -906,8 +906,8 @@ def load_model(name, role, args, dtype, hw=None, dropout=True):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with blaming(f"cannot load the {role} {name}: give a local folder with *.safetensors or a hub id, or set HF_HOME"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        rates = [key for key, value in config.to_dict().items() if "drop" in key and isinstance(value, float)]
-        config.update({} if dropout else dict.fromkeys(rates, 0.0))
+        if not dropout:
+            config.update({k: 0.0 for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)})
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel instead of eight
         options = dict(config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True)
@@ -940,9 +940,10 @@ def add_lora(model, args, top_layers, seed):
     targets = {"auto": None, "all-linear": names}.get(args.lora_targets, args.lora_targets.split(","))
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_scale * args.lora_rank,
                              target_modules=targets, layers_to_transform=layers)  # fmt: skip
+    misfit = f"--lora-targets {args.lora_targets} does not fit: name some of {', '.join(names)}"
+    refuse(not set(targets or ()) <= set(names), misfit)  # nor the head: p_0 would have it, too
     torch.manual_seed(seed)
-    with blaming(f"--lora-targets {args.lora_targets} does not fit: name some of {', '.join(names)}"):
-        assert set(targets or ()) <= set(names), "a layer outside the blocks, such as the head, cannot carry LoRA"
+    with blaming(misfit):  # auto, of a family that peft's table lacks
         return peft.get_peft_model(model, config).eval()
 
 
