@@ -25,6 +25,7 @@ import peft
 import torch
 import transformers
 import tyro
+import wandb
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -464,8 +465,6 @@ def draw_analysis(checkpoints, path):
 
 def track(checkpoints, comparison, figures):
     """Scores, the comparison and figures onto the wandb pages of the runs. What was not tracked is named."""
-    import wandb
-
     for checkpoint in checkpoints:
         if not checkpoint.flags.get("track"):
             print(f"{checkpoint.name}: was not tracked, so there is no wandb page to put its scores on")

@@ -17,6 +17,7 @@ alpha, the module's scale, the temperature, the learning rates. Ours, and off by
 Every baseline is a row of one table and trains in the same loop; where one leaves its paper, the line there says so.
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -25,6 +26,7 @@ import math
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -42,6 +44,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
+import wandb
 from rouge_score.rouge_scorer import RougeScorer
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
@@ -104,8 +107,7 @@ def akl(log_p, log_q, mu=0.5):
         p, order = log_p.exp().sort(dim=-1, descending=True)
         gap = (p - log_q.exp().gather(-1, order)).abs()
         in_head = p.cumsum(-1) - p < mu
-        head_gap, tail_gap = (gap * in_head).sum(-1), (gap * ~in_head).sum(-1)
-        share = head_gap / (head_gap + tail_gap).clamp_min(torch.finfo(gap.dtype).tiny)
+        share = (gap * in_head).sum(-1) / gap.sum(-1).clamp_min(torch.finfo(gap.dtype).tiny)
     return share * fkl(log_p, log_q) + (1 - share) * rkl(log_p, log_q)
 
 
@@ -123,44 +125,34 @@ def ab(log_p, log_q, alpha=0.2, beta=0.7):
 
 
 def taid(log_p, log_q, t):
-    """Cross-entropy to softmax((1 - t) sg[z_q] + t z_p): the target walks from student to teacher as t goes to 1, which
-    `taid_step` sees to. Shing et al. 2025, arXiv:2501.16937, eq. 3."""
+    """CE to softmax((1 - t) sg[z_q] + t z_p), which walks from q to p. Shing et al. 2025, arXiv:2501.16937, eq. 3."""
     return -(torch.lerp(log_q.detach(), log_p, t).softmax(-1) * log_q).sum(-1)
 
 
 def taid_step(scalars, loss, progress, start=0.4, end=1.0, delta=5e-4, momentum=0.99):
     """t moves at least linearly, and faster while the loss falls (TAID, algorithm 1). On the device, no wait."""
     before, loss = scalars["taid_loss"], torch.where(loss.isfinite(), loss, scalars["taid_loss"])  # else: skipped step
-    relative = torch.where(before.isfinite(), (before - loss) / (before + 1e-15), 0.0)  # first step: no change yet
+    relative = ((before - loss) / (before + 1e-15)).nan_to_num(0.0)  # first step, from infinity: no change yet
     scalars["taid_momentum"] = momentum * scalars["taid_momentum"] + (1 - momentum) * relative
     faster = scalars["taid_t"] + delta * scalars["taid_momentum"].sigmoid() * (1 - scalars["taid_t"])
-    scalars["taid_t"] = faster.clamp(min=start + (end - start) * progress, max=end)
-    scalars["taid_loss"] = loss
+    scalars |= dict(taid_t=faster.clamp(min=start + (end - start) * progress, max=end), taid_loss=loss)
 
 
 DIVERGENCES = dict(fkl=fkl, rkl=rkl, frkl=frkl, jsd=jsd, tvd=tvd, sfkl=sfkl, srkl=srkl, akl=akl, ab=ab, taid=taid)
 
 # The method table: a method = a divergence x whose text it is measured on x whether the teacher moves -----------------
 
-
-class Method(NamedTuple):
-    divergence: str
-    text: str = "data"  # whose: see `Text`
-    teacher_moves: bool = False
-    student_ce_weight: float = 0.0
-    sgo_fraction: float = 0.0  # share of the batches that are student-generated output
-
-
+Method = functools.partial(dict, text="data", teacher_moves=False, student_ce_weight=0.0, sgo_fraction=0.0)
 METHODS = {
-    "sft": Method("fkl", student_ce_weight=1.0),  # cross-entropy on the gold text, no teacher
-    **{name: Method(name) for name in DIVERGENCES},  # fkl, rkl, ..., taid: on the gold text, from a frozen teacher
-    "seqkd": Method("fkl", text="teacher", student_ce_weight=1.0),  # Kim & Rush 2016, arXiv:1606.07947
-    "imitkd": Method("fkl", text="student", sgo_fraction=1.0),  # Lin et al. 2020, arXiv:2009.07253
-    "gkd": Method("jsd", text="student", sgo_fraction=0.5),  # Agarwal et al. 2023, arXiv:2306.13649
-    "opd": Method("rkl", text="student", sgo_fraction=1.0),  # on-policy distillation, as it is used since 2025
-    "distillm": Method("srkl", text="adaptive"),  # Ko et al. 2024, arXiv:2402.03898
-    "minillm": Method("rkl", text="mixture"),  # Gu et al. 2023, arXiv:2306.08543
-    "okd": Method("fkl", teacher_moves=True),  # Rao et al. 2024, arXiv:2409.12512
+    "sft": Method(divergence="fkl", student_ce_weight=1.0),  # cross-entropy on the gold text, no teacher
+    **{name: Method(divergence=name) for name in DIVERGENCES},  # fkl, rkl, ..., taid: on gold text, a frozen teacher
+    "seqkd": Method(divergence="fkl", text="teacher", student_ce_weight=1.0),  # Kim & Rush 2016, arXiv:1606.07947
+    "imitkd": Method(divergence="fkl", text="student", sgo_fraction=1.0),  # Lin et al. 2020, arXiv:2009.07253
+    "gkd": Method(divergence="jsd", text="student", sgo_fraction=0.5),  # Agarwal et al. 2023, arXiv:2306.13649
+    "opd": Method(divergence="rkl", text="student", sgo_fraction=1.0),  # on-policy distillation, as used since 2025
+    "distillm": Method(divergence="srkl", text="adaptive"),  # Ko et al. 2024, arXiv:2402.03898
+    "minillm": Method(divergence="rkl", text="mixture"),  # Gu et al. 2023, arXiv:2306.08543
+    "okd": Method(divergence="fkl", teacher_moves=True),  # Rao et al. 2024, arXiv:2409.12512
 }
 
 # The losses, per token ------------------------------------------------------------------------------------------------
@@ -169,12 +161,12 @@ cross_entropy = functools.partial(torch.nn.functional.nll_loss, reduction="none"
 at_temperature = lambda log_p, temperature: log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
 
 
-def student_loss(log_p, log_q, labels, divergence, ce_weight, rollout=None):
+def student_loss(log_p, log_q, labels, divergence, ce_weight, rollout=()):
     """L_S, (N,): eq. 17 for ce_weight 0 and fkl. Nothing flows into the teacher. Rollouts add their policy gradient."""
     loss = (1 - ce_weight) * divergence(log_p.detach(), log_q) if ce_weight < 1 else 0
     if ce_weight > 0:
         loss = loss + ce_weight * cross_entropy(log_q, labels)
-    if rollout is not None and len(rollout):
+    if len(rollout):
         loss = loss + policy_loss(log_q, labels, *rollout.unbind(1))
     return loss
 
@@ -199,16 +191,15 @@ def policy_loss(log_q, labels, advantage, sampled_log_q, weight, clip=0.2):
 
 def bound_divergence(args, taid_t):
     """Flags -> temperature^2 D(p, q at temperature). The square keeps the gradient's size (Hinton et al. 2015)."""
-    skews, powers, temperature = [args.skew], [args.ab_alpha, args.ab_beta], args.temperature
-    bound = dict(jsd=[args.beta], sfkl=skews, srkl=skews, ab=powers, taid=[taid_t]).get(args.divergence, [])
-    heat, divergence = functools.partial(at_temperature, temperature=temperature), DIVERGENCES[args.divergence]
-    return lambda log_p, log_q: temperature**2 * divergence(heat(log_p), heat(log_q), *bound)
+    own = dict(jsd=[args.beta], sfkl=[args.skew], srkl=[args.skew], ab=[args.ab_alpha, args.ab_beta], taid=[taid_t])
+    own, heat = own.get(args.divergence, []), functools.partial(at_temperature, temperature=args.temperature)
+    return lambda log_p, log_q: args.temperature**2 * DIVERGENCES[args.divergence](heat(log_p), heat(log_q), *own)
 
 
 @torch.no_grad()
-def measure(log_p, log_q, log_p0, labels):
-    """Sums over tokens of what every method reports, whatever it trains on. Entropies and KLs in nats."""
-    values = dict(
+def measure(log_p, log_q, log_p0, labels, *_):
+    """What every method reports, whatever it trains on, each (N,). Entropies and KLs in nats."""
+    return dict(
         fkl=fkl(log_p0, log_q),  # to the frozen teacher p_0, also when the teacher moves
         rkl=rkl(log_p0, log_q),
         student_ce=cross_entropy(log_q, labels),
@@ -218,7 +209,6 @@ def measure(log_p, log_q, log_p0, labels):
         top1_agreement=(log_p0.argmax(-1) == log_q.argmax(-1)).float(),
         drift=fkl(log_p0, log_p),  # of the module
     )
-    return {name: value.sum() for name, value in values.items()}
 
 
 # Flags: the comment beside one, or right above it, is its --help ------------------------------------------------------
@@ -226,8 +216,7 @@ def measure(log_p, log_q, log_p0, labels):
 
 @dataclass
 class Args:
-    """Distil a teacher language model into a student: online knowledge distillation after Rao et al. 2024
-    (arXiv:2409.12512v2), equations 15 to 17 and Algorithm 1, and its baselines."""
+    """Online knowledge distillation (Rao et al. 2024, arXiv:2409.12512v2, equations 15 to 17) and its baselines."""
 
     # -- models and data --
     teacher: str = "gpt2-xl"  # hub id or local folder; without this flag the built-in demo runs, by flags of its own
@@ -238,7 +227,6 @@ class Args:
     max_new_tokens: int = 256  # longest answer, when sampling and when scoring
     trust_remote_code: bool = False  # run code that a model repository brings along
     teacher_quant: Literal["8bit", "4bit"] | None = None  # the frozen teacher's weights; needs bitsandbytes
-
     # -- the method: a row of the table, and what overrides its columns --
     method: Literal[tuple(METHODS)] = "okd"  # row of the method table
     divergence: Literal[tuple(DIVERGENCES)] | None = None  # D in L_S
@@ -254,7 +242,6 @@ class Args:
     skew: float = 0.1  # sfkl, srkl: how much of the one distribution is mixed into the other
     ab_alpha: float = 0.2  # ab: exponent of p; (alpha, beta) = (1, 0) is fkl, (0, 1) is rkl
     ab_beta: float = 0.7  # ab: exponent of q
-
     # -- the online module --
     alpha: float = 0.5  # alpha in L_T: pull of the student; 1 - alpha: of the text, whose next token is y
     anchor: float = 0.0  # mu in L_T, ours: pull back to p_0, the teacher with its module switched off
@@ -264,7 +251,6 @@ class Args:
     lora_targets: str = "auto"  # auto: query and value, by peft's table; all-linear; or names: q_proj,v_proj,o_proj
     lora_top_layers: int = 0  # the module on the top k blocks alone, which is cheaper; 0: on all
     cache_teacher: bool = False  # keep the teacher's states on disk (`with_states`): changes speed and no number
-
     # -- warm start: both learn the gold text first, once for all runs, so that ten methods start from the same bits --
     teacher_sft: Literal["lora", "full"] = "lora"  # LoRA merged into the weights, or all weights
     teacher_sft_epochs: float = 3  # 0 when the teacher is fine-tuned already
@@ -272,7 +258,6 @@ class Args:
     student_sft_epochs: float = 3  # 0 when the student is fine-tuned already
     student_sft_lr: float = 1e-4  # peak learning rate
     cache_dir: str = "runs/.cache"  # where they, and what --cache-teacher keeps, are found again
-
     # -- optimization --
     epochs: float = 20  # passes of the distillation over the data
     max_steps: int = 0  # at most so many optimizer steps in each training, for tries; 0: no limit
@@ -283,7 +268,6 @@ class Args:
     weight_decay: float = 0.0  # AdamW's, not on biases and norms
     max_grad_norm: float = 1.0  # gradient clipping, each network by itself; 0 turns it off
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-
     # -- the run --
     seed: int = 1  # order of the data, sampled text, dropout, the module's start
     output_dir: str | None = None  # the run's own folder; unset: runs/METHOD-STUDENT-TEACHER-sSEED-TIME
@@ -325,7 +309,7 @@ def parse(argv):
             begun = Args(**json.loads(stored.read_text()))
         args = tyro.cli(Args, args=argv, default=begun, prog="okd.py")
         refuse(args.precision != begun.precision, f"{args.resume} was begun in {begun.precision}: drop --precision")
-    row = METHODS[args.method]._asdict()
+    row = dict(METHODS[args.method])
     row["sgo_fraction"] = row["sgo_fraction"] or float(args.text == "student")  # whoever asks for that text gets it
     args = replace(args, **{column: value for column, value in row.items() if getattr(args, column) is None})
     for low, high, names in RANGES:
@@ -360,10 +344,6 @@ def blaming(what):
         raise UserError(f"{what} ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})") from error
 
 
-def out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +361,7 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
     state = dict(step=0, seconds=0.0, tokens=0, logged=0, first=None, best=None, last=None, sampling_s=0.0,
                  phi=args.sgo_fraction, replay=[], rollouts=[])  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    state, best = load_checkpoint(folder, networks, optimizers, scaler, scalars) or (state, None)
+    state, best = load_checkpoint(folder, networks, optimizers | dict(scaler=scaler), scalars) or (state, None)
     log = open(os.devnull if hw.rank else folder / "metrics.jsonl", "a", buffering=1)
     log.truncate(state["logged"]) if hw.rank == 0 else None  # what follows is reported again
     dev, per_epoch = data.get("dev", [])[: args.eval_rows], max(1, len(data["train"]) // args.batch_size)
@@ -422,13 +402,13 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
             if args.teacher_moves:
                 weights = args.alpha, args.anchor, args.temperature
                 terms["teacher_loss"] = teacher_loss(log_p, log_q, log_p0, labels, *weights)
-            return terms
+            return terms | (measure(log_p, log_q, log_p0, labels) if look and teacher else {})
 
         # Both losses from one forward of each network. Neither reaches into the other, so one backward serves both.
         sums, backward = Counter(), lambda loss: scaler.scale(loss / tokens).backward()
         networks.train()  # elsewhere in eval mode; the teacher was loaded without dropout
         for batch in micro_batches(rows, args, hw):
-            sums.update(run_batch(student, asked, batch, hw, losses, backward, need_p0, look))
+            sums.update(run_batch(student, asked, batch, hw, losses, backward, need_p0))
         networks.eval()
         means = {name: value / tokens for name, value in hw.total(sums).items()}
 
@@ -455,7 +435,7 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
         stop = max(hw.gather(signals[-1] if signals else 0))
         if stop or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
             state |= dict(step=step + 1, seconds=hw.now() - start, logged=log.tell(), peak_memory_gb=hw.peak_gb())
-            save_checkpoint(folder, moving, optimizers, scaler, scalars, state, best, hw)
+            save_checkpoint(folder, moving, optimizers | dict(scaler=scaler), scalars, state, best, hw)
         if stop:
             print(f"stopped in {phase}, step {step + 1}; python okd.py --resume {args.output_dir}", file=sys.stderr)
             sys.exit(128 + stop)
@@ -469,7 +449,7 @@ def evaluate(args, student, teacher, rows, tokenizer, hw):
     """Means over the response tokens of `rows` of all in `measure`; with --select best, Rouge-L of greedy answers."""
     sums = Counter()
     for batch in micro_batches(rows, args, hw, share=False):  # every process looks at all of them
-        sums.update(run_batch(student, teacher, batch, hw, need_p0=args.teacher_moves, look=True))
+        sums.update(run_batch(student, teacher, batch, hw, measure, need_p0=args.teacher_moves))
     means = {name: float(value) / sum(len(row.response_ids) for row in rows) for name, value in sums.items()}
     return means | (dict(rouge_l=score(args, student, tokenizer, rows, hw)[0]) if args.select == "best" else {})
 
@@ -477,9 +457,9 @@ def evaluate(args, student, teacher, rows, tokenizer, hw):
 def adamw(model, weight_decay):
     """Fused AdamW over what is trainable; the 1-D weights, norms and biases, do not decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trainable if p.ndim > 1], weight_decay=weight_decay),
-              dict(params=[p for p in trainable if p.ndim < 2], weight_decay=0.0)]  # fmt: skip
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    decaying = dict(params=[p for p in trainable if p.ndim > 1], weight_decay=weight_decay)
+    others = dict(params=[p for p in trainable if p.ndim < 2], weight_decay=0.0)
+    return torch.optim.AdamW([decaying, others], fused=True)
 
 
 def update(optimizer, scaler, rate, max_norm, hw):
@@ -531,11 +511,11 @@ def trunk(model, batch, states=None):
     return states, head
 
 
-def run_batch(student, teacher, batch, hw, losses=None, backward=None, need_p0=False, look=False):
+def run_batch(student, teacher, batch, hw, losses, backward=lambda loss: None, need_p0=False):
     """Forward, and with `backward` back-propagate, one Batch. -> {name: sum over its tokens}, tensors on the device.
-    losses(log_p, log_q, log_p0, labels, rollout) -> {name: (n,) losses}; what flows back is their sum. The gradient of
+    losses(log_p, log_q, log_p0, labels, rollout) -> {name: (n,) values}; what flows back is their sum. The gradient of
     the hidden states is collected chunk by chunk and sent through each trunk once, so that only so many logits of a
-    network live at a time, and each is normalised once. `look` adds what `measure` measures. teacher may be None."""
+    network live at a time, and each is normalised once. teacher may be None."""
     sums, size = Counter(), CHUNK_ELEMENTS * (1 if hw.device.type == "cpu" else GPU_CHUNKS)
     size = max(1, size // student.get_output_embeddings().weight.size(0))
     with hw.autocast():  # one region, so that a head is cast once for all chunks
@@ -548,13 +528,9 @@ def run_batch(student, teacher, batch, hw, losses=None, backward=None, need_p0=F
         leaves = {name: hidden.detach().requires_grad_(hidden.requires_grad) for name, (hidden, _) in trunks.items()}
         for part in (slice(start, start + size) for start in range(0, len(batch.labels), size)):
             log = {name: trunks[name][1](leaf[part]).log_softmax(-1) for name, leaf in leaves.items()}
-            log_p, log_q, log_p0 = log.get("p"), log["q"], log.get("p0", log.get("p"))
-            terms = losses(log_p, log_q, log_p0, batch.labels[part], batch.rollout[part]) if losses else {}
-            if backward:
-                backward(sum(term.sum() for term in terms.values()))
+            terms = losses(log.get("p"), log["q"], log.get("p0", log.get("p")), batch.labels[part], batch.rollout[part])
+            backward(sum(term.sum() for term in terms.values()))
             sums.update({name: term.detach().sum() for name, term in terms.items()})
-            if look and teacher is not None:
-                sums.update(measure(log_p, log_q, log_p0, batch.labels[part]))
     if moving := [name for name, leaf in leaves.items() if leaf.grad is not None]:
         torch.autograd.backward([trunks[name][0] for name in moving], [leaves[name].grad for name in moving])
     return sums
@@ -578,9 +554,15 @@ class Text:
     def __call__(self, step):
         """Gold text (or the teacher's, put in its place before), or with probability phi the student's. student: phi is
         --sgo-fraction, the text fresh or from a replay buffer (Lin et al. 2020, ImitKD; Agarwal et al. 2023, GKD).
-        adaptive: phi grows, and fresh text gives way to replayed text (Ko et al. 2024, DistiLLM, algorithm 1)."""
+        adaptive: phi grows, and fresh text gives way to replayed text (Ko et al. 2024, DistiLLM, algorithm 1).
+        mixture: rollouts of teacher and student mixed, gone through ROLLOUT_PASSES times (Gu et al. 2023, MiniLLM)."""
         if self.args.text == "mixture":
-            return self.rollouts(step)
+            per_pass = max(1, min(self.args.rollouts, len(self.rows)) // self.size)
+            round_, within = divmod(step, per_pass * ROLLOUT_PASSES)
+            if within == 0:
+                prompts = [row for i in range(per_pass) for row in self.gold(round_ * per_pass + i)]
+                self.state["rollouts"] = self.judged(self.answers(prompts, step, self.teacher))
+            return batch_of(self.state["rollouts"], self.size, f"{self.args.seed}, {round_}", within)
         chance, rows = random.Random(f"{self.args.seed}, text of step {step}"), self.gold(step)
         r, phi, adaptive = chance.random(), self.state["phi"], self.args.text == "adaptive"
         if r >= phi or self.args.text in ("data", "teacher"):
@@ -592,15 +574,6 @@ class Text:
         if fresh and (adaptive or self.args.sgo_source == "fresh"):
             return rows
         return chance.sample(self.state["replay"], min(self.size, len(self.state["replay"])))
-
-    def rollouts(self, step):
-        """MiniLLM: rollouts from the mixture of teacher and student, gone through ROLLOUT_PASSES times."""
-        per_pass = max(1, min(self.args.rollouts, len(self.rows)) // self.size)
-        round_, within = divmod(step, per_pass * ROLLOUT_PASSES)
-        if within == 0:
-            prompts = [row for i in range(per_pass) for row in self.gold(round_ * per_pass + i)]
-            self.state["rollouts"] = self.judged(self.answers(prompts, step, self.teacher))
-        return batch_of(self.state["rollouts"], self.size, f"{self.args.seed}, {round_}", within)
 
     def answers(self, rows, step, teacher=None):
         """The student's own words (with a teacher: the mixture's) to the prompts of `rows`, as rows."""
@@ -634,7 +607,7 @@ class Text:
 def discounted_return(rewards, gamma=0.95):
     """(n,) rewards -> (n,) returns R_t = sum_{k >= t} gamma^(k - t) r_k / (n - t) of MiniLLM (paper: from t + 1 on)."""
     ahead = torch.arange(len(rewards)) - torch.arange(len(rewards))[:, None]
-    return (gamma ** ahead.clamp_min(0) * (ahead >= 0)).to(rewards) @ rewards / torch.arange(len(rewards), 0, -1)
+    return (gamma ** ahead.abs()).triu().to(rewards) @ rewards / torch.arange(len(rewards), 0, -1)
 
 
 @torch.no_grad()
@@ -653,9 +626,8 @@ def generate(model, tokenizer, prompts, hw, new_tokens, batch_size=128, sample=F
     mine, answers = order[hw.rank :: hw.world], {}
     torch.manual_seed(hash((seed, hw.rank)))
     for rows in (mine[start : start + batch_size] for start in range(0, len(mine), batch_size)):
-        ids = [torch.tensor(prompts[i]) for i in rows]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, "left").to(hw.device)
-        ids = pad_sequence(ids, True, stops[0], "left").to(hw.device)
+        ids = pad_sequence([torch.tensor(prompts[i]) for i in rows], True, -1, "left").to(hw.device)
+        mask, ids = (ids >= 0).long(), ids.masked_fill(ids < 0, stops[0])
         # generate() would fill what we leave open from the model's own file: repetition penalty, min_p, ...
         with hw.autocast(), mock.patch.object(model, "generation_config", config):
             output = model.generate(ids, config, [Mixture(teacher, mask)] if teacher else [], attention_mask=mask,
@@ -787,7 +759,9 @@ def load_data(args, tokenizer):
             rows = read(args.data, open(args.data, "rb"))
         random.Random(0).shuffle(rows)  # the same split for every seed
         held_out = min(500, math.ceil(len(rows) / 20))  # each, for looks and for the score
-        data |= dict(train=rows[2 * held_out :] or rows, dev=rows[held_out : 2 * held_out], test=rows[:held_out])
+        data |= dict(
+            train=rows[2 * held_out :] or rows, dev=rows[held_out : 2 * held_out] or rows, test=rows[:held_out]
+        )
     elif not data:  # the splits of the published results
         raw, valid = (hub_lines("MiniLLM/dolly", file) for file in ("raw.jsonl", "valid.jsonl"))
         parts = dict(train=raw[1000:], dev=raw[:1000], test=valid)
@@ -796,8 +770,7 @@ def load_data(args, tokenizer):
 
 
 def demo_rows(count, seed):
-    """Rows of six small tasks on made-up words, no prompt twice; most have three valid wordings, drawn 6 : 3 : 2, so
-    that there is a distribution to distil and not only an argmax. All wordings are references."""
+    """Six tasks on made-up words, no prompt twice; wordings drawn 6 : 3 : 2, so that there is more than an argmax."""
     rng, rows = random.Random(seed), {}
     syllable = lambda: rng.choice("bdfgklmnprst") + rng.choice("aeiou")
     while len(rows) < count:
@@ -835,27 +808,23 @@ def collate(rows, device):
     return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
-def batch_of(rows, size, seed, step):
-    """The rows of optimizer step number `step`: a pure function, so a run can go on anywhere."""
-    per_epoch = len(rows) // size
-    return [rows[i] for i in epoch(tuple(map(len, rows)), size, seed, step // per_epoch)[step % per_epoch]]
+def batch_of(rows, size, seed, step, window=16):
+    """The rows of optimizer step number `step`: a pure function, so a run can go on anywhere. Each epoch shuffles anew;
+    within windows of 16 batches rows are sorted by length, so that little is padded; then the batches are shuffled."""
+    number, within = divmod(step, len(rows) // size)
+    order, batches = shuffles(len(rows), size, f"{seed}, epoch {number}")
+    start, place = batches[within] // window * window * size, batches[within] % window * size
+    return sorted((rows[i] for i in order[start : start + window * size]), key=len)[place : place + size]
 
 
 @functools.lru_cache(maxsize=2)
-def epoch(lengths, size, seed, number, window=16):
-    """Lists of row numbers, a new shuffle every epoch; within windows of 16 batches rows are sorted by length, so that
-    little is padded, and then the batches are shuffled. The rows left over at its end wait for the next shuffle."""
-    rng, batches = random.Random(f"{seed}, epoch {number}"), []
-    order = rng.sample(range(len(lengths)), len(lengths) // size * size)
-    for start in range(0, len(order), window * size):
-        near = sorted(order[start : start + window * size], key=lengths.__getitem__)
-        batches += [near[i : i + size] for i in range(0, len(near), size)]
-    return rng.sample(batches, len(batches))
+def shuffles(rows, size, seed):  # the rows left over at its end wait for the next epoch
+    rng, batches = random.Random(seed), rows // size
+    return rng.sample(range(rows), batches * size), rng.sample(range(batches), batches)
 
 
 def micro_batches(rows, args, hw, share=True):
-    """Batches of rows of like length, each of at most --micro-batch-tokens after padding, or of one row. share: of this
-    process's part of the rows, and as many of them for every process."""
+    """Batches of like rows, of at most --micro-batch-tokens with padding or one row. share: of this process's part."""
     rows, (rank, world), pieces = sorted(rows, key=len), (hw.rank, hw.world) if share else (0, 1), [[]]
     assert len(rows) % world == 0, "as many rows for each process, since the loss counts the tokens of all"
     for row, longest in zip(rows[rank::world], rows[world - 1 :: world]):
@@ -869,6 +838,7 @@ def micro_batches(rows, args, hw, share=True):
 
 positions = lambda model: getattr(model.config, "max_position_embeddings", None) or math.inf  # of prompt and response
 blocks_of = lambda model: max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+lowest_lora = lambda model: min(model.peft_config["default"].layers_to_transform)  # what enters that block stays
 
 
 def load_tokenizer(name, args):
@@ -883,15 +853,13 @@ def load_tokenizer(name, args):
 def one_tokenizer(ours, theirs):
     """The teacher's tokenizer, for both. EOS and reserved tokens may differ, as between a family's base and instruct
     models. Raises UserError when others do: distributions are compared token by token."""
-    vocab, other = ours.get_vocab(), theirs.get_vocab()
-    differ = {token for token, _ in vocab.items() ^ other.items()}
-    added = [*ours.added_tokens_decoder.items(), *theirs.added_tokens_decoder.items()]
-    reserved = {None} | {number for number, token in added if token.special}
-    ordinary = sorted(token for token in differ if not {vocab.get(token), other.get(token)} <= reserved)
+    differ = ours.get_vocab().items() ^ theirs.get_vocab().items()
+    reserved = {i for each in (ours, theirs) for i, token in each.added_tokens_decoder.items() if token.special}
+    ordinary = sorted({token for token, number in differ if number not in reserved})
     refuse(ordinary, f"different tokenizers: {len(ordinary)} tokens of teacher and student differ, as {ordinary[:5]}")
     if differ or ours.eos_token != theirs.eos_token:
         print(f"the student gets the teacher's tokenizer: EOS is {ours.eos_token} and was {theirs.eos_token}, "
-              f"{len(differ)} reserved tokens differ")  # fmt: skip
+              f"{len(dict(differ))} reserved tokens differ")  # fmt: skip
     return ours
 
 
@@ -911,10 +879,9 @@ def load_model(name, role, args, dtype, hw=None, dropout=True):
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel instead of eight
         options = dict(config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True)
-        if args.teacher_quant and hw:
-            four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)  # with 8bit nobody reads it
-            bits = transformers.BitsAndBytesConfig(**{f"load_in_{args.teacher_quant}": True}, **four)
-            options |= dict(quantization_config=bits, device_map={"": hw.device})
+        if args.teacher_quant and hw:  # with 8bit nobody reads what begins with bnb_4bit
+            bnb = {f"load_in_{args.teacher_quant}": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+            options |= dict(quantization_config=transformers.BitsAndBytesConfig(**bnb), device_map={"": hw.device})
         return transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
 
 
@@ -925,21 +892,14 @@ def save_model(model, tokenizer, path):
     (path / "generation_config.json").write_text(model.generation_config.to_json_string())
 
 
-def lowest_lora(model):
-    """Number of the lowest block that carries LoRA: what enters it never changes. Without a module: of blocks."""
-    carry = [any("lora_" in name for name, _ in block.named_parameters()) for block in blocks_of(model)]
-    return [*carry, True].index(True)
-
-
-def add_lora(model, args, top_layers, seed):
+def add_lora(model, args, top, seed):
     """Eq. 15: LoRA on the layers that --lora-targets names, in the top blocks (0: all). B starts at 0: p_f = p_0."""
     blocks, linear = blocks_of(model), (torch.nn.Linear, transformers.Conv1D)
-    refuse(top_layers > len(blocks), f"--lora-top-layers {top_layers}: the teacher has only {len(blocks)} layers")
-    layers = list(range(len(blocks)))[-top_layers:]
+    refuse(top > len(blocks), f"--lora-top-layers {top}: the teacher has only {len(blocks)} layers")
     names = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if isinstance(module, linear)})
     targets = {"auto": None, "all-linear": names}.get(args.lora_targets, args.lora_targets.split(","))
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_scale * args.lora_rank,
-                             target_modules=targets, layers_to_transform=layers)  # fmt: skip
+                             target_modules=targets, layers_to_transform=[*range(len(blocks))][-top:])  # fmt: skip
     misfit = f"--lora-targets {args.lora_targets} does not fit: name some of {', '.join(names)}"
     refuse(not set(targets or ()) <= set(names), misfit)  # nor the head: p_0 would have it, too
     torch.manual_seed(seed)
@@ -955,18 +915,17 @@ def place(model, hw, shard=False):
     return model if getattr(model, "is_quantized", False) else model.to(hw.device)  # that one was loaded there
 
 
-def fine_tuned(args, role, source, rows, epochs, lr, lora, dev, tokenizer, hw, folder):
-    """Fine-tune the model at `source` on gold text, once for all runs: kept in --cache-dir under a key of all that
-    determines the weights, and always read back from there. -> (name or folder to load it from, seconds)."""
+def fine_tuned(args, dev, tokenizer, hw, folder, role, source, rows, epochs, lr, lora):
+    """Fine-tune the model at `source` on gold text, once for all runs. -> {role: where it is kept, role_s: seconds}."""
     if epochs == 0:
-        return source, 0.0
-    sft = replace(args, **METHODS["sft"]._asdict(), method="sft", seed=0, epochs=epochs, lr=lr, select="last")
+        return {role: source, f"{role}_s": 0.0}
+    sft = replace(args, **METHODS["sft"], method="sft", seed=0, epochs=epochs, lr=lr, select="last")
     recipe = "epochs lr max_steps batch_size weight_decay max_grad_norm precision".split()
     recipe += "lora_rank lora_scale lora_targets teacher_quant".split() if lora else []
     kept = cache_path(args, role, source, [lora, *(getattr(sft, flag) for flag in recipe)], rows, hw)
     if hw.gather(kept.exists())[0]:
         print(f"{role}: fine-tuned before, kept in {kept}")
-        return str(kept), 0.0
+        return {role: str(kept), f"{role}_s": 0.0}
     work = folder / f"sft-{kept.name}"  # one for each recipe, so that a resume never takes one training for another
     model = load_model(source, role, args, hw.dtype if lora else torch.float32, hw if lora else None)
     model = place(add_lora(model, args, 0, seed=0) if lora else model, hw, shard=args.shard and lora)
@@ -982,7 +941,7 @@ def fine_tuned(args, role, source, rows, epochs, lr, lora, dev, tokenizer, hw, f
         print(f"{role}: CE on dev rows {before:.4f} with LoRA, {gold_ce(model):.4f} merged")
     write_whole(kept, functools.partial(save_model, model, tokenizer), hw)
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
-    return str(kept), seconds
+    return {role: str(kept), f"{role}_s": seconds}
 
 
 def cache_path(args, what, source, recipe, rows, hw):
@@ -995,10 +954,9 @@ def cache_path(args, what, source, recipe, rows, hw):
 
 
 def fingerprint(source):
-    """A local model by its content, the size and every so many bytes of each weight file; another by its name."""
-    files = ((str(path), path.stat().st_size) for path in sorted(pathlib.Path(source).glob("*.safetensors")))
-    read = functools.partial(torch.from_file, dtype=torch.uint8)
-    return [[size, read(path, size=size)[:: size // 2**16 + 1].tolist()] for path, size in files] or source
+    """A local model by the content of its weight files; another by its name."""
+    files = sorted(pathlib.Path(source).glob("*.safetensors"))
+    return [hashlib.file_digest(open(path, "rb"), "sha256").hexdigest() for path in files] or source
 
 
 def teacher_text(args, teacher, rows, tokenizer, hw, folder):
@@ -1016,15 +974,14 @@ def with_states(args, teacher, source, rows, hw):
     """--cache-teacher: the rows with views of a memory-mapped file of teacher states that never change: of a frozen
     teacher the last (n, H) of the response, which leaves its head to run; of a moving one the (T, H) that enter the
     lowest block with LoRA, which leaves those above. Raises UserError when it can't, or is wrong."""
-    cut, blocks, order = lowest_lora(teacher), blocks_of(teacher), sorted(rows, key=len)
+    order, cut = sorted(rows, key=len), lowest_lora(teacher) if args.teacher_moves else None  # None: it is frozen
     refuse(cut == 0, "--cache-teacher needs --lora-top-layers: below a module on all layers there is nothing to keep")
-    frozen = cut == len(blocks)
 
     def states(part):
-        entering, watched = [], blocks[min(cut, len(blocks) - 1)]
+        entering, watched = [], blocks_of(teacher)[cut or 0]
         with hw.autocast(), watched.register_forward_pre_hook(lambda _, given: entering.extend(given[0])):
             last = trunk(teacher, collate(part, hw.device))[0]
-        return (last if frozen else torch.cat([x[: len(row)] for x, row in zip(entering, part)])).to(hw.dtype)
+        return (last if cut is None else torch.cat([x[: len(row)] for x, row in zip(entering, part)])).to(hw.dtype)
 
     def fill(temporary):
         size = max(1, args.micro_batch_tokens // len(order[-1]))
@@ -1032,7 +989,7 @@ def with_states(args, teacher, source, rows, hw):
             for start in tqdm(range(0, len(order), size), "teacher's states", disable=None):
                 file.write(states(order[start : start + size]).cpu().view(torch.uint8).numpy())
 
-    probe, lengths = states(order[:8]), [len(row.response_ids) if frozen else len(row) for row in order]
+    probe, lengths = states(order[:8]), [len(row.response_ids) if cut is None else len(row) for row in order]
     shape = sum(lengths), probe.size(-1)
     path = cache_path(args, "states", source, [cut, str(hw.dtype), args.teacher_quant], order, hw)
     if not hw.gather(path.exists())[0]:
@@ -1051,6 +1008,7 @@ def with_states(args, teacher, source, rows, hw):
 # Processes, disk, signals ---------------------------------------------------------------------------------------------
 
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+out_of_memory = lambda e: isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 on_signals = lambda handler: [signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
@@ -1060,7 +1018,6 @@ class Hardware:  # the device, the precision, and this process among those that 
     dtype: torch.dtype  # of autocast and of frozen weights
     rank: int = 0
     world: int = 1
-    talk: dist.ProcessGroup | None = None  # between CPUs, so that no GPU is waited for
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -1074,43 +1031,40 @@ class Hardware:  # the device, the precision, and this process among those that 
     def gather(self, value):  # -> [the value of every process], everywhere; all wait for the last
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value, group=self.talk)
+            dist.all_gather_object(values, value)
         return values
 
     def now(self):  # seconds, when the device has done what it was asked for
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def peak_gb(self):  # the allocator's peak on a GPU, the process's peak resident size elsewhere
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
-        import resource  # Windows has none
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def pick_hardware(args):
-    """Flags -> Hardware. Raises for a device that is not there."""
+    """Flags -> Hardware; --precision auto becomes what it stands for. Raises for a device that is not there."""
     name, world = args.device, int(os.environ.get("WORLD_SIZE", 1))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = (torch.accelerator.current_accelerator(True) or torch.device("cpu")).type if name == "auto" else name
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and name == "cuda" else name)
     torch.empty(1, device=device)
     # On a CPU bf16 takes a sixth of float32's time with AMX, half of it with AVX-512's bf16, ten times it with neither.
     units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    dtype = torch.bfloat16 if units.get("amx_bf16") or units.get("avx512_bf16") else torch.float32
+    auto = "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    dtype = PRECISIONS.get(args.precision, dtype)
+        auto = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.precision = auto if args.precision == "auto" else args.precision
     # Rows are never packed here; to see that, transformers would read a tensor back from the device in every forward.
     transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    if world == 1:
-        return Hardware(device, dtype)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Hardware(device, dtype, dist.get_rank(), world, dist.new_group(backend="gloo"))
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # objects go between CPUs
+        atexit.register(dist.destroy_process_group)
+    return Hardware(device, PRECISIONS[args.precision], dist.get_rank() if world > 1 else 0, world)
 
 
 def report(log, wandb_run, phase, step, kind, metrics):
@@ -1123,18 +1077,17 @@ def report(log, wandb_run, phase, step, kind, metrics):
         tqdm.write(f"{phase} step {step}, dev: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
-def save_checkpoint(folder, moving, optimizers, scaler, scalars, state, best, hw):
+def save_checkpoint(folder, moving, stateful, scalars, state, best, hw):
     """All that training changes: weights, the best of them, optimizers, loss scaler, scalars, `state`. Keeps two."""
-    optimizers = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    saved = dict(weights=moving, best=best, optimizers=optimizers, scaler=scaler.state_dict(), scalars=scalars,
-                 state=json.dumps(state, default=vars))  # fmt: skip
+    saved = dict(weights=moving, best=best, scalars=scalars, state=json.dumps(state, default=vars),
+                 stateful={name: each.state_dict() for name, each in stateful.items()})  # fmt: skip
     folder = folder / "checkpoints"
     write_whole(folder / f"step-{state['step']:08}.pt", functools.partial(torch.save, saved), hw)
     for path in sorted(folder.glob("*.pt"))[:-2] if hw.rank == 0 else ():
         path.unlink()
 
 
-def load_checkpoint(folder, networks, optimizers, scaler, scalars):
+def load_checkpoint(folder, networks, stateful, scalars):
     """The inverse, of the newest checkpoint that is whole. -> (state, best), or None without one. Raises UserError."""
     there = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
     for path in there:
@@ -1143,13 +1096,11 @@ def load_checkpoint(folder, networks, optimizers, scaler, scalars):
                 break
         print(f"{path} is damaged: the one before it is used", file=sys.stderr)
     else:
-        refuse(there, f"every checkpoint in {folder} is damaged: begin in another folder")
-        return None
+        return refuse(there, f"every checkpoint in {folder} is damaged: begin in another folder")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     networks.load_state_dict(saved["weights"], strict=False)
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(saved["optimizers"][name])
-    scaler.load_state_dict(saved["scaler"])
+    for name, each in stateful.items():
+        each.load_state_dict(saved["stateful"][name])
     scalars |= {name: value.to(scalars[name].device) for name, value in saved["scalars"].items()}
     state = json.loads(saved["state"], object_hook=lambda d: Example(**d) if "prompt_ids" in d else d)
     print(f"{folder}: goes on after step {state['step']}")
@@ -1186,8 +1137,7 @@ def distil(args):
     """The whole job: data, warm starts, distillation, scores. Raises UserError."""
     with blaming(f"--device {args.device} is not usable here"):
         hw = pick_hardware(args)
-    if hw.rank:  # one process speaks, and one writes
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if hw.rank else sys.stdout  # one process speaks, and one writes
     refuse(args.shard and (hw.world == 1 or args.text == "mixture" or args.teacher_sft == "full"),
            "--shard needs several processes, --teacher-sft lora, and text of one network")  # fmt: skip
     pair = [pathlib.PurePath(name).name for name in (args.student, args.teacher)]
@@ -1203,27 +1153,33 @@ def distil(args):
     size = min(args.batch_size, len(data["train"]))
     refuse(size % hw.world, f"--batch-size {size} is no multiple of the {hw.world} processes")
     print(f"{args.method} on {hw.world} x {hw.device} in {hw.dtype}:", {name: len(rows) for name, rows in data.items()})
-    args.precision = next(name for name, dtype in PRECISIONS.items() if dtype == hw.dtype)
     write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2) + "\n"), hw)
     wandb_run = None
     if args.track and hw.rank == 0:
-        import wandb
-
         name = dict(project=os.environ.get("WANDB_PROJECT", "okd"), group="-from-".join(pair), name=folder.name)
         with blaming("cannot start wandb: set WANDB_MODE=offline, or leave --track out"):
             wandb_run = wandb.init(**name, id=folder.name, resume="allow", config=asdict(args), dir=folder)
 
-    sources = starts(args, data, tokenizer, hw, folder)
+    # Both learn the gold text, or are found where they were kept. A run that goes on has what it began with.
+    record, rows, lora = folder / "models.json", data["train"], args.teacher_sft == "lora"
+    if not hw.gather(record.exists())[0]:
+        tune, source = functools.partial(fine_tuned, args, data["dev"], tokenizer, hw, folder), args.teacher
+        if source == "demo":  # it knows its trade before it is fine-tuned on the rows that the student will see
+            source = tune("teacher", source, data["pretraining"], 8, 1e-3, lora=False)["teacher"]
+        used = tune("teacher", source, rows, args.teacher_sft_epochs, args.teacher_sft_lr, lora)
+        used |= tune("student", args.student, rows, args.student_sft_epochs, args.student_sft_lr, lora=False)
+        write_whole(record, lambda path: path.write_text(json.dumps(used)), hw)
+    sources = json.loads(record.read_text())
+
     teacher = load_model(sources["teacher"], "teacher", args, hw.dtype, hw, dropout=False).requires_grad_(False)
     # With dropout MiniLLM's ratio q / q_when_sampled would be noise, which its clip turns into no gradient.
     student = load_model(sources["student"], "student", args, torch.float32, dropout=args.text != "mixture")
     refuse(args.max_length > min(positions(teacher), positions(student)),
            f"--max-length {args.max_length} is more than the positions of the teacher or the student")  # fmt: skip
-    heads = [model.get_output_embeddings().weight.size(0) for model in (teacher, student)]
-    for model, rows in zip((teacher, student), heads):
-        if rows > min(heads):  # padded to two sizes
-            print(f"a head of {rows} rows is cut to the {min(heads)} that both have")
-            model.resize_token_embeddings(min(heads))
+    heads = {model.get_output_embeddings().weight.size(0): model for model in (teacher, student)}
+    if len(heads) > 1:  # padded to two sizes
+        print(f"a head of {max(heads)} rows is cut to the {min(heads)} that both have")
+        heads[max(heads)].resize_token_embeddings(min(heads))
     if args.teacher_moves:
         teacher = add_lora(teacher, args, args.lora_top_layers, args.seed)
     teacher, student = place(teacher, hw, args.shard), place(student, hw)
@@ -1246,22 +1202,6 @@ def distil(args):
     print(f"run: {folder}")
 
 
-def starts(args, data, tokenizer, hw, folder):
-    """Fine-tune both networks, or find them. -> where they are, and the seconds it took. A run that goes on has what
-    it began with by models.json, or raises UserError."""
-    record, rows = folder / "models.json", data["train"]
-    if not hw.gather(record.exists())[0]:
-        tune = functools.partial(fine_tuned, args, dev=data["dev"], tokenizer=tokenizer, hw=hw, folder=folder)
-        source, lora = args.teacher, args.teacher_sft == "lora"
-        if source == "demo":  # it knows its trade before it is fine-tuned on the rows that the student will see
-            source = tune("teacher", source, data["pretraining"], 8, 1e-3, lora=False)[0]
-        source, teacher_s = tune("teacher", source, rows, args.teacher_sft_epochs, args.teacher_sft_lr, lora)
-        start, student_s = tune("student", args.student, rows, args.student_sft_epochs, args.student_sft_lr, False)
-        used = dict(teacher=source, student=start, teacher_s=teacher_s, student_s=student_s)
-        write_whole(record, lambda path: path.write_text(json.dumps(used)), hw)
-    return json.loads(record.read_text())
-
-
 def finish(args, folder, end, scores, test, wandb_run):
     """The run's table, a block to grep, and the same numbers as the last record of metrics.jsonl and on wandb."""
     first, best, last = (end[look] or {} for look in ("first", "best", "last"))
@@ -1282,8 +1222,6 @@ def finish(args, folder, end, scores, test, wandb_run):
     with open(folder / "metrics.jsonl", "a") as log:
         report(log, wandb_run, "final", end["step"], "final", final)
     if wandb_run is not None:
-        import wandb
-
         rows = zip(test[:20], *(answers for _, answers in scores.values()))
         rows = [[row.prompt, row.references[0], *answers] for row, *answers in rows]
         wandb_run.log({"samples": wandb.Table(["prompt", "reference", *scores], rows)})
@@ -1302,9 +1240,6 @@ def command(job, program):
         hint = "out of memory: lower --micro-batch-tokens (training) or --sample-batch-size (sampling and scoring): "
         print(f"{program}: {hint * out_of_memory(error)}{' '.join(str(error).split())[:400]}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main(argv=None):

@@ -265,7 +265,7 @@ def test_losses_and_measures_are_those_of_torch_and_neither_loss_reaches_into_th
     expected = dict(fkl=kl(p0, q), rkl=kl(q, p0), drift=kl(p0, p), student_ce=gold_q, teacher_ce=gold_p,
                     student_entropy=Categorical(logits=q).entropy(), teacher_entropy=Categorical(logits=p).entropy(),
                     top1_agreement=(p0.argmax(-1) == q.argmax(-1)).float())  # fmt: skip
-    assert_all_close(okd.measure(log_p, log_q, log_p0, labels), {name: x.sum() for name, x in expected.items()})
+    assert_all_close(okd.measure(log_p, log_q, log_p0, labels), expected)
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -423,9 +423,9 @@ def test_no_tensor_holds_more_logits_than_a_chunk_which_is_larger_off_the_cpu(de
     hw.device.type = device
     monkeypatch.setattr(okd, "CHUNK_ELEMENTS", vocab * 5)
     batch, (student, teacher) = okd.collate(examples, "cpu"), pair(tiny_args(), vocab_size=vocab)
-    losses = lambda *logs: parts.append(len(logs[0])) or both_losses()(*logs)
+    losses = lambda *logs: parts.append(len(logs[0])) or both_losses()(*logs) | okd.measure(*logs)
     with Watch():
-        okd.run_batch(student, teacher, batch, hw, losses, backward, need_p0=True, look=True)
+        okd.run_batch(student, teacher, batch, hw, losses, backward, need_p0=True)
     largest = max(shape.numel() for shape in seen if shape[-1:] == (vocab,) and shape != (32, vocab))  # the head's
     assert okd.GPU_CHUNKS == 8 and largest == vocab * size and max(parts) == size
     assert len(batch.labels) == sum(parts) > 4 * size
@@ -964,7 +964,7 @@ def test_cached_teacher_states_change_no_number_and_are_shared(family, flags, jo
 
 def test_cached_states_spare_the_blocks_below_and_the_file_holds_what_it_should(examples, tmp_path):
     args, calls, found = tiny_args(cache_dir=tmp_path, cache_teacher=True, lora_top_layers=2, lr=1e-3), [], []
-    student, teacher = pair(args, "llama")
+    (student, teacher), losses = pair(args, "llama"), lambda *logs: both_losses()(*logs) | okd.measure(*logs)
     rows = okd.with_states(args, teacher, "t", examples, CPU)
     (path,) = tmp_path.glob("states-*")
     assert path.stat().st_size == sum(map(len, examples)) * 32 * 4
@@ -973,7 +973,7 @@ def test_cached_states_spare_the_blocks_below_and_the_file_holds_what_it_should(
     okd.blocks_of(teacher)[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     for batch in (okd.collate(part, "cpu") for part in (examples[5:9], rows[5:9])):
         calls.clear(), student.zero_grad(), teacher.zero_grad()
-        sums = okd.run_batch(student, teacher, batch, CPU, both_losses(), backward, True, True)
+        sums = okd.run_batch(student, teacher, batch, CPU, losses, backward, True)
         found.append((len(calls), sums, gradients(teacher), gradients(student)))
     assert (found[0][0], found[1][0]) == (2, 0)  # for p_f and p_0; for neither
     for plain_ones, cached in zip(found[0][1:], found[1][1:]):
@@ -1083,7 +1083,7 @@ def kill_at(monkeypatch, call, target="run_batch", instead=None):
     numbers = iter(range(1, 10**6))
 
     def before(*args, **named):
-        if (target != "run_batch" or "losses" in named or len(args) > 4) and next(numbers) == call:
+        if (target != "run_batch" or len(args) > 5) and next(numbers) == call:
             if instead is None:
                 raise Killed
             instead()
@@ -1459,7 +1459,7 @@ def test_a_run_and_its_adapted_teacher_are_scored_and_shown(job, monkeypatch):
     pages, out_dir, plain = [], job.path / "out", job.folder / "teacher_lora"
     page = types.SimpleNamespace(summary={}, log=pages.append, finish=lambda: None)
     fake = types.SimpleNamespace(init=lambda **k: pages.append(k) or page, Table=lambda *a: a, Image=lambda path: path)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(okd, "wandb", fake), monkeypatch.setattr(okd_eval, "wandb", fake)
     job("--track"), pages.clear()
     flags = ["--data", job.jsonl, "--output-dir", out_dir, *"--limit 4 --greedy --max-new-tokens 12 --show 1".split()]
     out = job.eval(job.folder, plain, *flags, "--teacher", job.folders / "gpt2" / "teacher", "--track")
