@@ -513,7 +513,7 @@ def trunk(model, batch, states=None):
 
 def run_batch(student, teacher, batch, hw, losses, backward=lambda loss: None, need_p0=False):
     """Forward, and with `backward` back-propagate, one Batch. -> {name: sum over its tokens}, tensors on the device.
-    losses(log_p, log_q, log_p0, labels, rollout) -> {name: (n,) values}; what flows back is their sum. The gradient of
+    losses(log_p, log_q, log_p0, labels, rollout) -> {name: (n,) values}; their sum is differentiated. The gradient of
     the hidden states is collected chunk by chunk and sent through each trunk once, so that only so many logits of a
     network live at a time, and each is normalised once. teacher may be None."""
     sums, size = Counter(), CHUNK_ELEMENTS * (1 if hw.device.type == "cpu" else GPU_CHUNKS)

@@ -286,6 +286,8 @@ TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}TURN\n{% endfor
 def test_unusable_rows_are_dropped_and_counted_long_ones_cut_unread_fields_said_once(tokenizer, capsys, jsonl):
     data = okd.load_data(okd.Args(data=str(jsonl)), tokenizer)  # what is scored was neither trained on nor looked at
     assert len({row.prompt for rows in data.values() for row in rows}) == sum(map(len, data.values())) == 40
+    (one := jsonl.with_name("one")).write_text(jsonl.read_text().splitlines()[0])
+    assert [len(rows) for rows in okd.load_data(okd.Args(data=str(one)), tokenizer).values()] == [1, 1, 1]
     rows = [("ok", "yes"), ("x" * 9, "long prompt"), ("empty", ""), ("cut", "y" * 30)]
     lines = [json.dumps(dict(prompt=prompt, response=response, passage="input, or not?")) for prompt, response in rows]
     kept = okd.read_rows("here", lines, tokenizer, tiny_args(max_length=12, max_prompt_length=8))
@@ -936,9 +938,7 @@ def test_the_student_with_the_best_look_is_kept_also_when_killed_between_looks(s
 
 
 def test_wandb_offline_gets_name_config_metrics_and_samples_and_one_that_does_not_start_is_one_line(job, monkeypatch):
-    import wandb
-
-    flags = job.flags("--track", *NO_SFT)
+    wandb, flags = okd.wandb, job.flags("--track", *NO_SFT)
     subprocess.run([sys.executable, ROOT / "okd.py", *flags], check=True, capture_output=True, cwd=job.path)
     (file,) = job.folder.glob("wandb/offline-run-*/*.wandb")
     wanted = [b"train/student_loss", b"dev/fkl", b"final/rouge_l_start", b"samples", b"teacher_lr_ratio"]
