@@ -25,7 +25,6 @@ import peft
 import torch
 import transformers
 import tyro
-import wandb
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -139,7 +138,7 @@ def locate(name, args):
 
 
 class Checkpoint:
-    """A model to be looked at. Its weights are read when first asked for, which finished evaluations never do."""
+    """A model to be looked at. It is loaded when first asked for, which finished evaluations never do."""
 
     def __init__(self, name, args, hw):
         self.name, self.args, self.hw, self.results = name, args, hw, []
@@ -465,6 +464,8 @@ def draw_analysis(checkpoints, path):
 
 def track(checkpoints, comparison, figures):
     """Scores, the comparison and figures onto the wandb pages of the runs. What was not tracked is named."""
+    import wandb
+
     for checkpoint in checkpoints:
         if not checkpoint.flags.get("track"):
             print(f"{checkpoint.name}: was not tracked, so there is no wandb page to put its scores on")

@@ -44,7 +44,6 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
-import wandb
 from rouge_score.rouge_scorer import RougeScorer
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils.rnn import pad_sequence
@@ -347,7 +346,7 @@ def blaming(what):
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
-def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", wandb_run=None):
+def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", wandb=None):
     """Algorithm 1: train the student, and with args.teacher_moves the teacher's module. One loop for every method.
     Goes on from the checkpoint in `folder` when there is one. -> the state at the end. Exits after a signal."""
     networks = torch.nn.ModuleDict(dict(student=student) | (dict(teacher=teacher) if args.teacher_moves else {}))
@@ -381,7 +380,7 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
                 state["best"] = now | dict(step=step)
                 best = {name: p.to("cpu", copy=True) for name, p in moving.items()} if args.select == "best" else None
             text.validated(now["student_ce"])
-            report(log, wandb_run, phase, step, "dev", now)
+            report(log, wandb, phase, step, "dev", now)
             start, clock = start + hw.now() - pause, clock + hw.now() - pause
         if step == steps:
             break
@@ -428,7 +427,7 @@ def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", w
             means |= norms | {name: scalars[name] for name in ("taid_t", "skipped_steps")} | dict(lr=rate)
             means |= {name: state[name] for name in ("phi", "sampling_s")} | dict(peak_memory_gb=hw.peak_gb())
             means["tokens_per_s"] = (state["tokens"] - seen) / (hw.now() - clock)
-            report(log, wandb_run, phase, step + 1, "train", means)
+            report(log, wandb, phase, step + 1, "train", means)
             seen, clock = state["tokens"], hw.now()
 
         # Survive.
@@ -690,9 +689,8 @@ class Example:
 
 
 def read_row(row, tokenizer):
-    """A JSON object -> Example. Raises what it likes for one that is malformed. Forms: instruction, input or context,
-    output or response (Alpaca's template); prompt, response (as they are); messages that end in the assistant's (the
-    tokenizer's chat template). A list of outputs is a list of references."""
+    """A JSON object -> Example, or any error. Forms: instruction, input or context, output or response (by Alpaca's
+    template); prompt, response; messages that end in the assistant's (by the chat template). Outputs may be a list."""
     end = tokenizer.eos_token_id
     if chat := row.get("messages"):
         if chat[-1]["role"] != "assistant":
@@ -838,7 +836,7 @@ def micro_batches(rows, args, hw, share=True):
 
 positions = lambda model: getattr(model.config, "max_position_embeddings", None) or math.inf  # of prompt and response
 blocks_of = lambda model: max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-lowest_lora = lambda model: min(model.peft_config["default"].layers_to_transform)  # what enters that block stays
+lowest_lora = lambda model: min(model.peft_config["default"].layers_to_transform)  # below, nothing moves
 
 
 def load_tokenizer(name, args):
@@ -851,8 +849,7 @@ def load_tokenizer(name, args):
 
 
 def one_tokenizer(ours, theirs):
-    """The teacher's tokenizer, for both. EOS and reserved tokens may differ, as between a family's base and instruct
-    models. Raises UserError when others do: distributions are compared token by token."""
+    """The teacher's tokenizer, for both. Raises UserError when more than EOS and reserved tokens differ."""
     differ = ours.get_vocab().items() ^ theirs.get_vocab().items()
     reserved = {i for each in (ours, theirs) for i, token in each.added_tokens_decoder.items() if token.special}
     ordinary = sorted({token for token, number in differ if number not in reserved})
@@ -908,9 +905,8 @@ def add_lora(model, args, top, seed):
 
 
 def place(model, hw, shard=False):
-    """The model on its device. shard: the frozen weights of every block are split over the processes, whole only while
-    it runs (FSDP2); LoRA stays plain tensors, so that optimizer, clipping and checkpoints see nothing of it."""
-    for block in blocks_of(model) if shard else ():
+    """The model on its device. shard: its blocks' frozen weights are split over the processes, whole while they run."""
+    for block in blocks_of(model) if shard else ():  # LoRA stays plain, for optimizer, clipping and checkpoints
         fully_shard(block, ignored_params={p for p in block.parameters() if p.requires_grad})
     return model if getattr(model, "is_quantized", False) else model.to(hw.device)  # that one was loaded there
 
@@ -946,7 +942,8 @@ def fine_tuned(args, dev, tokenizer, hw, folder, role, source, rows, epochs, lr,
 
 def cache_path(args, what, source, recipe, rows, hw):
     """Where --cache-dir keeps what model, recipe, rows and machine determine."""
-    key = what, fingerprint(source), recipe, [(row.prompt_ids, row.response_ids) for row in rows], hw.device.type
+    content = hw.gather(fingerprint(source) if hw.rank == 0 else None)[0]
+    key = what, content, recipe, [(row.prompt_ids, row.response_ids) for row in rows], hw.device.type
     digest = hashlib.sha256(json.dumps([key, torch.__version__, transformers.__version__]).encode()).hexdigest()[:12]
     folder = pathlib.Path(args.cache_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -1048,9 +1045,10 @@ class Hardware:  # the device, the precision, and this process among those that 
 def pick_hardware(args):
     """Flags -> Hardware; --precision auto becomes what it stands for. Raises for a device that is not there."""
     name, world = args.device, int(os.environ.get("WORLD_SIZE", 1))
-    name = (torch.accelerator.current_accelerator(True) or torch.device("cpu")).type if name == "auto" else name
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and name == "cuda" else name)
-    torch.empty(1, device=device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and name == "cuda" else name
+    device = torch.empty(1, device=name).device  # with an index, which torch.cuda.set_device asks for
     # On a CPU bf16 takes a sixth of float32's time with AMX, half of it with AVX-512's bf16, ten times it with neither.
     units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     auto = "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "fp32"
@@ -1067,12 +1065,12 @@ def pick_hardware(args):
     return Hardware(device, PRECISIONS[args.precision], dist.get_rank() if world > 1 else 0, world)
 
 
-def report(log, wandb_run, phase, step, kind, metrics):
+def report(log, wandb, phase, step, kind, metrics):
     """One dict of metrics, three readers: metrics.jsonl, wandb under --track, the console but for training."""
     record = dict(phase=phase, step=step) | {f"{kind}/{name}": float(value) for name, value in metrics.items()}
     log.write(json.dumps(record) + "\n")
-    if wandb_run is not None:
-        wandb_run.log(record)
+    if wandb is not None:
+        wandb.log(record)
     if kind == "dev":
         tqdm.write(f"{phase} step {step}, dev: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
@@ -1154,11 +1152,13 @@ def distil(args):
     refuse(size % hw.world, f"--batch-size {size} is no multiple of the {hw.world} processes")
     print(f"{args.method} on {hw.world} x {hw.device} in {hw.dtype}:", {name: len(rows) for name, rows in data.items()})
     write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2) + "\n"), hw)
-    wandb_run = None
+    wandb = None
     if args.track and hw.rank == 0:
         name = dict(project=os.environ.get("WANDB_PROJECT", "okd"), group="-from-".join(pair), name=folder.name)
         with blaming("cannot start wandb: set WANDB_MODE=offline, or leave --track out"):
-            wandb_run = wandb.init(**name, id=folder.name, resume="allow", config=asdict(args), dir=folder)
+            import wandb
+
+            wandb.init(**name, id=folder.name, resume="allow", config=asdict(args), dir=folder)
 
     # Both learn the gold text, or are found where they were kept. A run that goes on has what it began with.
     record, rows, lora = folder / "models.json", data["train"], args.teacher_sft == "lora"
@@ -1191,10 +1191,10 @@ def distil(args):
         data["train"] = teacher_text(args, teacher, data["train"], tokenizer, hw, folder)
     if args.cache_teacher:
         data["train"] = with_states(args, teacher, sources["teacher"], data["train"], hw)
-    end = train(args, student, teacher, data, tokenizer, hw, folder, wandb_run=wandb_run)
+    end = train(args, student, teacher, data, tokenizer, hw, folder, wandb=wandb)
     scores |= dict(rouge_l=rouge(student)) if test else {}
     if hw.rank == 0:
-        finish(args, folder, end | sources, scores, test, wandb_run)
+        finish(args, folder, end | sources, scores, test, wandb)
         if args.teacher_moves:
             teacher.save_pretrained(folder / "teacher_lora", save_embedding_layers=False)
     write_whole(folder / "student", functools.partial(save_model, student, tokenizer), hw)
@@ -1202,7 +1202,7 @@ def distil(args):
     print(f"run: {folder}")
 
 
-def finish(args, folder, end, scores, test, wandb_run):
+def finish(args, folder, end, scores, test, wandb):
     """The run's table, a block to grep, and the same numbers as the last record of metrics.jsonl and on wandb."""
     first, best, last = (end[look] or {} for look in ("first", "best", "last"))
     rouge = {name: mean for name, (mean, _) in scores.items()}
@@ -1220,12 +1220,12 @@ def finish(args, folder, end, scores, test, wandb_run):
     named = dict(method=args.method, seed=args.seed, teacher=end["teacher"]) | final
     print("\n".join(f"{name}: {value}" for name, value in named.items()))
     with open(folder / "metrics.jsonl", "a") as log:
-        report(log, wandb_run, "final", end["step"], "final", final)
-    if wandb_run is not None:
+        report(log, wandb, "final", end["step"], "final", final)
+    if wandb is not None:
         rows = zip(test[:20], *(answers for _, answers in scores.values()))
         rows = [[row.prompt, row.references[0], *answers] for row, *answers in rows]
-        wandb_run.log({"samples": wandb.Table(["prompt", "reference", *scores], rows)})
-        wandb_run.finish()
+        wandb.log({"samples": wandb.Table(["prompt", "reference", *scores], rows)})
+        wandb.finish()
 
 
 def command(job, program):
