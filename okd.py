@@ -757,9 +757,8 @@ def load_data(args, tokenizer):
             rows = read(args.data, open(args.data, "rb"))
         random.Random(0).shuffle(rows)  # the same split for every seed
         held_out = min(500, math.ceil(len(rows) / 20))  # each, for looks and for the score
-        data |= dict(
-            train=rows[2 * held_out :] or rows, dev=rows[held_out : 2 * held_out] or rows, test=rows[:held_out]
-        )
+        test, dev, train_rows = rows[:held_out], rows[held_out : 2 * held_out], rows[2 * held_out :]
+        data |= dict(train=train_rows or rows, dev=dev or rows, test=test)
     elif not data:  # the splits of the published results
         raw, valid = (hub_lines("MiniLLM/dolly", file) for file in ("raw.jsonl", "valid.jsonl"))
         parts = dict(train=raw[1000:], dev=raw[:1000], test=valid)
@@ -811,7 +810,7 @@ def batch_of(rows, size, seed, step, window=16):
     within windows of 16 batches rows are sorted by length, so that little is padded; then the batches are shuffled."""
     number, within = divmod(step, len(rows) // size)
     order, batches = shuffles(len(rows), size, f"{seed}, epoch {number}")
-    start, place = batches[within] // window * window * size, batches[within] % window * size
+    start, place = (batches[within] // window) * window * size, (batches[within] % window) * size
     return sorted((rows[i] for i in order[start : start + window * size]), key=len)[place : place + size]
 
 
@@ -1135,7 +1134,8 @@ def distil(args):
     """The whole job: data, warm starts, distillation, scores. Raises UserError."""
     with blaming(f"--device {args.device} is not usable here"):
         hw = pick_hardware(args)
-    sys.stdout = open(os.devnull, "w") if hw.rank else sys.stdout  # one process speaks, and one writes
+    if hw.rank:  # one process speaks, and one writes
+        sys.stdout = open(os.devnull, "w")
     refuse(args.shard and (hw.world == 1 or args.text == "mixture" or args.teacher_sft == "full"),
            "--shard needs several processes, --teacher-sft lora, and text of one network")  # fmt: skip
     pair = [pathlib.PurePath(name).name for name in (args.student, args.teacher)]
