@@ -792,14 +792,14 @@ def test_seqkd_trains_on_teacher_text_and_goes_on_with_it_or_not_at_all(job, tok
     kept.rename(text), job.resume()
 
 
-def test_sample_batch_size_reaches_all_and_fresh_rollouts_have_ratio_1(folders, jsonl, tmp_path, capsys, monkeypatch):
+def test_sample_batch_size_reaches_all_and_fresh_rollouts_have_ratio_1(job, monkeypatch):
     sizes, ratios = set(), []
     wrap(monkeypatch, "generate", before=lambda *args, **named: sizes.add(args[5]))
     wrap(monkeypatch, "policy_loss", before=lambda log_q, labels, advantage, sampled, *rest: ratios.append(
         (-okd.cross_entropy(log_q, labels) - sampled).abs().max().item()))  # fmt: skip
     for method in ("imitkd", "seqkd", "minillm"):
         flags = ["--method", method, "--sample-batch-size", "3", "--rollouts", "4", "--lr", "1e-2", *NO_SFT]
-        assert run(okd.main, capsys, *small_flags(folders, jsonl, tmp_path / method), *flags)[0] == 0
+        job(*flags, "--output-dir", job.path / method)
     assert sizes == {3} and ratios[0] < 1e-4 < max(ratios)  # the second step is a second pass
 
 
@@ -819,13 +819,6 @@ NO_SFT = ("--teacher-sft-epochs", "0", "--student-sft-epochs", "0")
 LONG = (*"--max-steps 12 --epochs 9 --save-every 3 --log-every 2 --eval-every 5 --eval-rows 4".split(), *NO_SFT)
 
 
-def small_flags(folders, jsonl, tmp_path, family="gpt2"):
-    return ["--teacher", folders / family / "teacher", "--student", folders / family / "student", "--data", jsonl,
-            "--output-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache", "--device", "cpu", "--lora-rank", "4",
-            *"--max-steps 2 --batch-size 4 --max-length 96 --max-new-tokens 8 --score-rows 4 --log-every 1".split(),
-            "--precision", "fp32"]  # fmt: skip
-
-
 class Job:
     """okd.py by small flags and more, into `folder`; must exit with `code`. -> stdout, after a failure the stderr."""
 
@@ -841,7 +834,12 @@ class Job:
         return err if code else out
 
     def flags(self, *more):
-        return [str(flag) for flag in (*small_flags(self.folders, self.jsonl, self.path, self.family), *more)]
+        pair = self.folders / self.family
+        flags = ["--teacher", pair / "teacher", "--student", pair / "student", "--data", self.jsonl, "--device", "cpu",
+                 "--output-dir", self.path / "run", "--cache-dir", self.path / "cache", "--precision", "fp32",
+                 *"--max-steps 2 --batch-size 4 --max-length 96 --max-new-tokens 8 --score-rows 4".split(),
+                 "--log-every", "1", "--lora-rank", "4"]  # fmt: skip
+        return [str(flag) for flag in (*flags, *more)]
 
     def __call__(self, *more, code=0):
         return self.call(*self.flags(*more), code=code)
