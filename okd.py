@@ -1,24 +1,32 @@
-"""Online Knowledge Distillation (OKD) for autoregressive language models, in one file.
+"""Online knowledge distillation (OKD) for autoregressive language models, in one file.
 
-    python okd.py                                     # built-in demo: no network, no GPU, no data file
-    python okd.py --teacher gpt2-xl --student gpt2    # the real job; --method fkl, gkd, ...: a baseline, all else alike
-    python okd.py --resume runs/NAME                  # go on with a run that was stopped or killed
-    torchrun --nproc-per-node=4 okd.py --teacher ...  # data parallel; --shard splits a teacher too large for one device
+    python okd.py                                     # a built-in demo: no network, no GPU
+    python okd.py --teacher gpt2-xl --student gpt2    # the real job; --method fkl: a baseline
+    python okd.py --resume runs/NAME                  # continue a run that was stopped or killed
+    torchrun --nproc-per-node=4 okd.py --teacher ...  # data parallel
 
-A frozen teacher carries a small LoRA *online module*. Student and module train at the same time, on the same batch,
-from one forward pass of each network. Per response token, with p_f the teacher with its module and p_0 without, q the
-student, y the gold token and sg the stop-gradient:
+A frozen teacher carries a small LoRA adapter, the *online module*. Student and module are trained
+at the same time, on the same batches, from one forward pass of each network. With p_f the teacher
+with its module, p_0 the teacher without it, q the student, y the gold token and sg the
+stop-gradient, the losses per response token are
 
-    student   L_S = (1 - a) D(sg[p_f], q) + a CE(q, y)                                   eq. 17: a = 0, D = KL(p_f || q)
-    teacher   L_T = alpha KL(sg[q] || p_f) + (1 - alpha) CE(p_f, y) + mu KL(p_0 || p_f)  eq. 16: mu = 0
+    student   L_S = (1 - a) D(sg[p_f], q) + a CE(q, y)
+    teacher   L_T = alpha KL(sg[q] || p_f) + (1 - alpha) CE(p_f, y) + mu KL(p_0 || p_f)
 
-It follows Rao et al. 2024 (arXiv:2409.12512v2), equations 15 to 17 and Algorithm 1. Not stated there and chosen here:
-alpha, the module's scale, the temperature, the learning rates. Ours, and off by default: a, another D, the anchor mu.
-Every baseline is a row of one table and trains in the same loop; where one leaves its paper, the line there says so.
+with a = 0 and D = KL(p_f || q) in equation 17 and mu = 0 in equation 16 of Rao et al. 2024
+(arXiv:2409.12512v2), whose Algorithm 1 is the loop below. The paper does not state alpha, the scale
+of the module, the temperature and the learning rates it chose: the values here are ours. So are a,
+other divergences D and the anchor mu, which are off by default.
+
+Every baseline is one row of a table and runs in the same loop, on the same data, from the same
+start. Where one leaves its paper, a comment says so. The file is read from top to bottom:
+divergences, methods, losses, flags, training loop, one micro-batch, the text of a step, generation,
+data, models, warm start, processes and disk, main.
 """
 
 import atexit
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -26,47 +34,65 @@ import math
 import os
 import pathlib
 import random
+import re
 import resource
+import secrets
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import unicodedata
 import warnings
-import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal, NamedTuple
-from unittest import mock
+
+# GPU memory in segments that can grow: less is lost to fragments. torch reads this when imported.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import huggingface_hub
 import peft
+import psutil
 import torch
 import torch.distributed as dist
 import transformers
 import tyro
 from rouge_score.rouge_scorer import RougeScorer
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import find_adapter_config_file
 
-# Divergences ----------------------------------------------------------------------------------------------------------
-# p is the teacher, q the student: two (..., V) float32 log-probabilities in, one number per token (...) out.
-# Mixtures are taken in log space: through probabilities a sharp distribution gives 0 * -inf.
+# -----------------------------------------------------------------------------
+# Divergences
+#
+# p is the teacher, q the student. Each function takes two (..., V) tensors of float32
+# log-probabilities and returns one number per token (...). Mixtures are taken in log space: in
+# probabilities, a sharp distribution gives 0 * -inf = NaN.
 
 
 def fkl(log_p, log_q):
-    """KL(p || q) = sum_v p_v (log p_v - log q_v): q must cover all that p does. Hinton et al. 2015, arXiv:1503.02531.
-    With the entropy of p, which published code drops: its gradient is 0 for a frozen teacher, not for a moving one."""
-    return 0 - (log_p.exp() * (log_q - log_p)).sum(-1)  # this way round the gradient of q is not copied to negate it
+    """Forward KL(p || q): q must cover all that p does. Hinton et al. 2015, arXiv:1503.02531.
+
+    It includes the entropy of p, which published code drops. Its gradient is zero for a frozen
+    teacher, but not for a moving one.
+    """
+    # 0 - sum(p (log q - log p)): the gradient of log q then needs no copy with the sign changed.
+    return 0 - (log_p.exp() * (log_q - log_p)).sum(-1)
 
 
 def rkl(log_p, log_q):
-    """KL(q || p): q may settle on one mode of p. Gu et al. 2023 (MiniLLM), arXiv:2306.08543."""
+    """Reverse KL(q || p): q may settle on one mode of p. Gu et al. 2023, arXiv:2306.08543."""
     return fkl(log_q, log_p)
 
 
 def frkl(log_p, log_q):
-    """(KL(p || q) + KL(q || p)) / 2: the fixed form of what AKL adapts. Wu et al. 2024, arXiv:2404.02657."""
+    """(KL(p || q) + KL(q || p)) / 2, the fixed form of AKL. Wu et al. 2024, arXiv:2404.02657."""
     return (fkl(log_p, log_q) + rkl(log_p, log_q)) / 2
 
 
@@ -76,940 +102,2260 @@ def mix(log_p, log_q, share):
 
 
 def jsd(log_p, log_q, beta=0.5):
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; fkl at beta = 0, rkl at 1. Bounded where they
-    are not. Agarwal et al. 2023 (GKD), arXiv:2306.13649, eq. 1."""
-    if beta in (0, 1):
-        return rkl(log_p, log_q) if beta else fkl(log_p, log_q)
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    By convention fkl at beta = 0 and rkl at beta = 1. Agarwal et al. 2023 (GKD), arXiv:2306.13649,
+    equation 1.
+    """
+    if beta == 0:
+        return fkl(log_p, log_q)
+    if beta == 1:
+        return rkl(log_p, log_q)
     log_m = mix(log_p, log_q, beta)
     return beta * fkl(log_p, log_m) + (1 - beta) * fkl(log_q, log_m)
 
 
 def tvd(log_p, log_q):
-    """1/2 sum |p - q|: the mass that has to move; symmetric, at most 1. Wen et al. 2023, arXiv:2307.15190."""
+    """Total variation, 1/2 sum |p - q|. Wen et al. 2023, arXiv:2307.15190."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 def sfkl(log_p, log_q, skew=0.1):
-    """KL(p || skew p + (1 - skew) q): fkl that a zero of q cannot blow up. Ko et al. 2024, arXiv:2402.03898."""
-    return fkl(log_p, mix(log_p, log_q, skew) if skew else log_q)
+    """KL(p || skew p + (1 - skew) q): finite where q is 0. Ko et al. 2024, arXiv:2402.03898."""
+    if skew == 0:
+        return fkl(log_p, log_q)
+    return fkl(log_p, mix(log_p, log_q, skew))
 
 
 def srkl(log_p, log_q, skew=0.1):
-    """KL(q || (1 - skew) p + skew q): rkl that a zero of p cannot blow up. Ko et al. 2024, arXiv:2402.03898."""
+    """KL(q || (1 - skew) p + skew q): finite where p is 0. Ko et al. 2024, arXiv:2402.03898."""
     return sfkl(log_q, log_p, skew)
 
 
 def akl(log_p, log_q, mu=0.5):
-    """fkl and rkl weighted by the gap sum |p - q| in head and tail of p: fkl mends heads, rkl tails. Head: the smallest
-    set of p's likeliest tokens with mass >= mu (the authors' file: < mu). Wu et al. 2024, arXiv:2404.02657."""
+    """fkl and rkl, weighted by sum |p - q| over the head and over the tail of p.
+
+    The head is the smallest set of p's likeliest tokens whose mass is at least mu, as in the paper
+    (the authors' code leaves the last of them out). Wu et al. 2024, arXiv:2404.02657.
+    """
     with torch.no_grad():
         p, order = log_p.exp().sort(dim=-1, descending=True)
         gap = (p - log_q.exp().gather(-1, order)).abs()
         in_head = p.cumsum(-1) - p < mu
-        share = (gap * in_head).sum(-1) / gap.sum(-1).clamp_min(torch.finfo(gap.dtype).tiny)
-    return share * fkl(log_p, log_q) + (1 - share) * rkl(log_p, log_q)
+        tiny = torch.finfo(gap.dtype).tiny
+        head_weight = (gap * in_head).sum(-1) / gap.sum(-1).clamp_min(tiny)
+    return head_weight * fkl(log_p, log_q) + (1 - head_weight) * rkl(log_p, log_q)
 
 
 def ab(log_p, log_q, alpha=0.2, beta=0.7):
-    """-1/(alpha beta) sum [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)] and
-    its limits: (1, 0) is fkl, (0, 1) rkl. Wang et al. 2025 (ABKD), arXiv:2505.04560; Cichocki et al. 2011."""
+    """The alpha-beta divergence; (1, 0) is fkl and (0, 1) is rkl.
+
+    -1 / (alpha beta) sum [p^alpha q^beta - alpha / (alpha + beta) p^(alpha + beta)
+    - beta / (alpha + beta) q^(alpha + beta)], with its limit where one of them is 0.
+    Wang et al. 2025 (ABKD), arXiv:2505.04560; Cichocki et al. 2011.
+    """
     if alpha == 0:
-        log_p, log_q, alpha, beta = log_q, log_p, beta, alpha
+        return ab(log_q, log_p, beta, alpha)
     if beta == 0:
-        p_power, q_power = (alpha * log_p).exp(), (alpha * log_q).exp()
-        return (p_power * (alpha * (log_p - log_q)) - p_power + q_power).sum(-1) / alpha**2
-    total, cross = alpha + beta, (alpha * log_p + beta * log_q).exp()
-    powers = alpha * (total * log_p).exp() + beta * (total * log_q).exp()
-    return (powers / total - cross).sum(-1) / (alpha * beta)
+        p_power = (alpha * log_p).exp()
+        q_power = (alpha * log_q).exp()
+        return (p_power * alpha * (log_p - log_q) - p_power + q_power).sum(-1) / alpha**2
+    total = alpha + beta
+    cross = (alpha * log_p + beta * log_q).exp()
+    p_power = alpha / total * (total * log_p).exp()
+    q_power = beta / total * (total * log_q).exp()
+    return (p_power + q_power - cross).sum(-1) / (alpha * beta)
 
 
 def taid(log_p, log_q, t):
-    """CE to softmax((1 - t) sg[z_q] + t z_p), which walks from q to p. Shing et al. 2025, arXiv:2501.16937, eq. 3."""
-    return -(torch.lerp(log_q.detach(), log_p, t).softmax(-1) * log_q).sum(-1)
+    """Cross-entropy to softmax((1 - t) sg[z_q] + t z_p), a target that moves from q to p.
+
+    Shing et al. 2025 (TAID), arXiv:2501.16937, equation 3.
+    """
+    target = torch.lerp(log_q.detach(), log_p, t).softmax(-1)
+    return -(target * log_q).sum(-1)
 
 
-def taid_step(scalars, loss, progress, start=0.4, end=1.0, delta=5e-4, momentum=0.99):
-    """t moves at least linearly, and faster while the loss falls (TAID, algorithm 1). On the device, no wait."""
-    before, loss = scalars["taid_loss"], torch.where(loss.isfinite(), loss, scalars["taid_loss"])  # else: skipped step
-    relative = ((before - loss) / (before + 1e-15)).nan_to_num(0.0)  # first step, from infinity: no change yet
-    scalars["taid_momentum"] = momentum * scalars["taid_momentum"] + (1 - momentum) * relative
-    faster = scalars["taid_t"] + delta * scalars["taid_momentum"].sigmoid() * (1 - scalars["taid_t"])
-    scalars |= dict(taid_t=faster.clamp(min=start + (end - start) * progress, max=end), taid_loss=loss)
+class TaidSchedule(torch.nn.Module):
+    """t of TAID (algorithm 1): rises at least linearly, and faster while the loss falls.
+
+    Buffers, not floats: they stay on the device, and state_dict saves them.
+    """
+
+    def __init__(self, start=0.4, end=1.0, delta=5e-4, momentum=0.99):
+        super().__init__()
+        self.start = start
+        self.end = end
+        self.delta = delta
+        self.momentum = momentum
+        self.register_buffer("t", torch.tensor(start))
+        self.register_buffer("trend", torch.tensor(0.0))
+        self.register_buffer("last_loss", torch.tensor(math.inf))
+
+    @torch.no_grad()
+    def step(self, loss, progress):
+        loss = torch.where(loss.isfinite(), loss, self.last_loss)  # else the step was skipped
+        change = (self.last_loss - loss) / (self.last_loss + 1e-15)
+        change = change.nan_to_num(0.0)  # inf / inf in the first step: no change yet
+        self.trend = self.momentum * self.trend + (1 - self.momentum) * change
+        faster = self.t + self.delta * self.trend.sigmoid() * (1 - self.t)
+        linear = self.start + (self.end - self.start) * progress
+        self.t = faster.clamp(min=linear, max=self.end)
+        self.last_loss = loss
 
 
-DIVERGENCES = dict(fkl=fkl, rkl=rkl, frkl=frkl, jsd=jsd, tvd=tvd, sfkl=sfkl, srkl=srkl, akl=akl, ab=ab, taid=taid)
-
-# The method table: a method = a divergence x whose text it is measured on x whether the teacher moves -----------------
-
-Method = functools.partial(dict, text="data", teacher_moves=False, student_ce_weight=0.0, sgo_fraction=0.0)
-METHODS = {
-    "sft": Method(divergence="fkl", student_ce_weight=1.0),  # cross-entropy on the gold text, no teacher
-    **{name: Method(divergence=name) for name in DIVERGENCES},  # fkl, rkl, ..., taid: on gold text, a frozen teacher
-    "seqkd": Method(divergence="fkl", text="teacher", student_ce_weight=1.0),  # Kim & Rush 2016, arXiv:1606.07947
-    "imitkd": Method(divergence="fkl", text="student", sgo_fraction=1.0),  # Lin et al. 2020, arXiv:2009.07253
-    "gkd": Method(divergence="jsd", text="student", sgo_fraction=0.5),  # Agarwal et al. 2023, arXiv:2306.13649
-    "opd": Method(divergence="rkl", text="student", sgo_fraction=1.0),  # on-policy distillation, as used since 2025
-    "distillm": Method(divergence="srkl", text="adaptive"),  # Ko et al. 2024, arXiv:2402.03898
-    "minillm": Method(divergence="rkl", text="mixture"),  # Gu et al. 2023, arXiv:2306.08543
-    "okd": Method(divergence="fkl", teacher_moves=True),  # Rao et al. 2024, arXiv:2409.12512
+DIVERGENCES = {
+    "fkl": fkl,
+    "rkl": rkl,
+    "frkl": frkl,
+    "jsd": jsd,
+    "tvd": tvd,
+    "sfkl": sfkl,
+    "srkl": srkl,
+    "akl": akl,
+    "ab": ab,
+    "taid": taid,
 }
 
-# The losses, per token ------------------------------------------------------------------------------------------------
-
-cross_entropy = functools.partial(torch.nn.functional.nll_loss, reduction="none")  # of (N, V) log q, (N,) tokens
-at_temperature = lambda log_p, temperature: log_p if temperature == 1 else (log_p / temperature).log_softmax(-1)
+# -----------------------------------------------------------------------------
+# Methods: a divergence, the text it is measured on, and whether the teacher moves
 
 
-def student_loss(log_p, log_q, labels, divergence, ce_weight, rollout=()):
-    """L_S, (N,): eq. 17 for ce_weight 0 and fkl. Nothing flows into the teacher. Rollouts add their policy gradient."""
-    loss = (1 - ce_weight) * divergence(log_p.detach(), log_q) if ce_weight < 1 else 0
+@dataclass
+class Method:
+    divergence: str
+    text: str = "data"
+    teacher_moves: bool = False
+    student_ce_weight: float = 0.0
+    sgo_fraction: float = 0.0  # share of batches with student-generated output
+
+
+METHODS = {
+    "sft": Method("fkl", student_ce_weight=1.0),  # cross-entropy on the gold text, no teacher
+    "fkl": Method("fkl"),  # Hinton et al. 2015, arXiv:1503.02531
+    "rkl": Method("rkl"),  # reverse KL on gold text, as in Gu et al. 2023, arXiv:2306.08543
+    "frkl": Method("frkl"),  # Wu et al. 2024, arXiv:2404.02657
+    "jsd": Method("jsd"),  # Agarwal et al. 2023, arXiv:2306.13649
+    "tvd": Method("tvd"),  # Wen et al. 2023, arXiv:2307.15190
+    "sfkl": Method("sfkl"),  # Ko et al. 2024, arXiv:2402.03898
+    "srkl": Method("srkl"),  # Ko et al. 2024, arXiv:2402.03898
+    "akl": Method("akl"),  # Wu et al. 2024, arXiv:2404.02657
+    "ab": Method("ab"),  # Wang et al. 2025, arXiv:2505.04560
+    "taid": Method("taid"),  # Shing et al. 2025, arXiv:2501.16937
+    "seqkd": Method("fkl", text="teacher", student_ce_weight=1.0),  # Kim & Rush 2016, 1606.07947
+    "imitkd": Method("fkl", text="student", sgo_fraction=1.0),  # Lin et al. 2020, arXiv:2009.07253
+    "gkd": Method("jsd", text="student", sgo_fraction=0.5),  # Agarwal et al. 2023, 2306.13649
+    "opd": Method("rkl", text="student", sgo_fraction=1.0),  # on-policy distillation
+    "distillm": Method("srkl", text="adaptive"),  # Ko et al. 2024, arXiv:2402.03898
+    "minillm": Method("rkl", text="mixture"),  # Gu et al. 2023, arXiv:2306.08543
+    "okd": Method("fkl", teacher_moves=True),  # Rao et al. 2024, arXiv:2409.12512
+}
+
+# -----------------------------------------------------------------------------
+# Losses, per token
+
+
+def cross_entropy(log_q, labels):
+    """(N, V) log-probabilities, (N,) tokens -> (N,) -log q(token)."""
+    return torch.nn.functional.nll_loss(log_q, labels, reduction="none")
+
+
+def at_temperature(log_p, temperature):
+    if temperature == 1:
+        return log_p
+    return (log_p / temperature).log_softmax(-1)
+
+
+def student_loss(
+    log_p, log_q, labels, divergence="fkl", parameters=None, ce_weight=0.0, temperature=1.0
+):
+    """L_S = (1 - a) D(sg[p], q) + a CE(q, y), (N,). Equation 17 has a = 0 and D = KL(p || q).
+
+    `parameters` are the divergence's own keyword arguments. No gradient reaches the teacher;
+    log_p may be None when a = 1. Divergences are taken at the temperature and multiplied by its
+    square, which keeps the size of the gradient (Hinton et al. 2015).
+    """
+    if ce_weight == 1:
+        return cross_entropy(log_q, labels)
+    heated_p = at_temperature(log_p.detach(), temperature)
+    heated_q = at_temperature(log_q, temperature)
+    values = DIVERGENCES[divergence](heated_p, heated_q, **(parameters or {}))
+    loss = (1 - ce_weight) * temperature**2 * values
     if ce_weight > 0:
         loss = loss + ce_weight * cross_entropy(log_q, labels)
-    if len(rollout):
-        loss = loss + policy_loss(log_q, labels, *rollout.unbind(1))
     return loss
 
 
-def teacher_loss(log_p, log_q, log_p0, labels, alpha, anchor=0.0, temperature=1.0):
-    """L_T, (N,): eq. 16, and the anchor. Nothing flows into the student, nor into p_0. For a fixed q the best p_f is
-    ((1 - alpha) y + alpha q + anchor p_0) / (1 + anchor): the module leans to what the student can follow."""
-    loss, log_p = (1 - alpha) * cross_entropy(log_p, labels), at_temperature(log_p, temperature)
+def teacher_loss(log_p, log_q, log_p0, labels, alpha=0.5, anchor=0.0, temperature=1.0):
+    """L_T = alpha KL(sg[q] || p) + (1 - alpha) CE(p, y) + anchor KL(p_0 || p), (N,): equation 16.
+
+    No gradient reaches the student or p_0. For a fixed q the best p is the mixture
+    ((1 - alpha) y + alpha q + anchor p_0) / (1 + anchor): the teacher moves towards what the
+    student can represent. The anchor is not in the paper; log_p0 may be None when it is 0.
+    """
+    loss = (1 - alpha) * cross_entropy(log_p, labels)
+    heated_p = at_temperature(log_p, temperature)
     if alpha > 0:
-        loss = loss + alpha * temperature**2 * fkl(at_temperature(log_q.detach(), temperature), log_p)
+        heated_q = at_temperature(log_q.detach(), temperature)
+        loss = loss + alpha * temperature**2 * fkl(heated_q, heated_p)
     if anchor > 0:
-        loss = loss + anchor * temperature**2 * fkl(at_temperature(log_p0.detach(), temperature), log_p)
+        heated_p0 = at_temperature(log_p0.detach(), temperature)
+        loss = loss + anchor * temperature**2 * fkl(heated_p0, heated_p)
     return loss
 
 
 def policy_loss(log_q, labels, advantage, sampled_log_q, weight, clip=0.2):
-    """Clipped policy gradient of MiniLLM: the ratio q / q_when_sampled times the importance weight
-    q / (share p + (1 - share) q) of the mixture that the token was drawn from. arXiv:2306.08543, eq. 5, algorithm 1."""
+    """MiniLLM's clipped policy gradient, (N,). Gu et al. 2023, arXiv:2306.08543, algorithm 1.
+
+    The ratio q / q_when_sampled is multiplied by the importance weight q / (0.2 p + 0.8 q) of the
+    mixture that the token was drawn from.
+    """
     ratio = (-cross_entropy(log_q, labels) - sampled_log_q).exp() * weight
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
-def bound_divergence(args, taid_t):
-    """Flags -> temperature^2 D(p, q at temperature). The square keeps the gradient's size (Hinton et al. 2015)."""
-    own = dict(jsd=[args.beta], sfkl=[args.skew], srkl=[args.skew], ab=[args.ab_alpha, args.ab_beta], taid=[taid_t])
-    own, heat = own.get(args.divergence, []), functools.partial(at_temperature, temperature=args.temperature)
-    return lambda log_p, log_q: args.temperature**2 * DIVERGENCES[args.divergence](heat(log_p), heat(log_q), *own)
+def divergence_parameters(args, taid_t):
+    """The keyword arguments of --divergence."""
+    if args.divergence == "jsd":
+        return {"beta": args.beta}
+    if args.divergence in ("sfkl", "srkl"):
+        return {"skew": args.skew}
+    if args.divergence == "ab":
+        return {"alpha": args.ab_alpha, "beta": args.ab_beta}
+    if args.divergence == "taid":
+        return {"t": taid_t}
+    return {}
 
 
-@torch.no_grad()
-def measure(log_p, log_q, log_p0, labels, *_):
-    """What every method reports, whatever it trains on, each (N,). Entropies and KLs in nats."""
-    return dict(
-        fkl=fkl(log_p0, log_q),  # to the frozen teacher p_0, also when the teacher moves
-        rkl=rkl(log_p0, log_q),
-        student_ce=cross_entropy(log_q, labels),
-        teacher_ce=cross_entropy(log_p, labels),
-        student_entropy=-(log_q.exp() * log_q).sum(-1),
-        teacher_entropy=-(log_p.exp() * log_p).sum(-1),
-        top1_agreement=(log_p0.argmax(-1) == log_q.argmax(-1)).float(),
-        drift=fkl(log_p0, log_p),  # of the module
-    )
+def eval_metrics(log_p, log_q, log_p0, labels):
+    """What every evaluation reports, whatever the method trains on; (N,) each, in nats."""
+    return {
+        "fkl": fkl(log_p0, log_q),  # to the frozen teacher p_0, also when the teacher moves
+        "rkl": rkl(log_p0, log_q),
+        "student_ce": cross_entropy(log_q, labels),
+        "teacher_ce": cross_entropy(log_p, labels),
+        "frozen_teacher_ce": cross_entropy(log_p0, labels),
+        "student_entropy": -(log_q.exp() * log_q).sum(-1),
+        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+        "top1_agreement": (log_p0.argmax(-1) == log_q.argmax(-1)).float(),
+        "drift": fkl(log_p0, log_p),  # of the module
+    }
 
 
-# Flags: the comment beside one, or right above it, is its --help ------------------------------------------------------
+# -----------------------------------------------------------------------------
+# Flags. The comment beside one, or above it, is its --help.
 
 
 @dataclass
 class Args:
-    """Online knowledge distillation (Rao et al. 2024, arXiv:2409.12512v2, equations 15 to 17) and its baselines."""
+    """Online knowledge distillation (Rao et al. 2024, arXiv:2409.12512v2) and its baselines.
+
+    Without --teacher a built-in demo runs, which has its own settings.
+    """
 
     # -- models and data --
-    teacher: str = "gpt2-xl"  # hub id or local folder; without this flag the built-in demo runs, by flags of its own
-    student: str = "gpt2"  # hub id or local folder; needs the teacher's tokens
-    data: str | None = None  # JSONL of training rows, as `read_row` reads them; unset: Dolly from the hub
-    max_length: int = 512  # tokens of prompt + response; a longer response is cut
-    max_prompt_length: int = 256  # rows with a longer prompt are dropped
-    max_new_tokens: int = 256  # longest answer, when sampling and when scoring
-    trust_remote_code: bool = False  # run code that a model repository brings along
-    teacher_quant: Literal["8bit", "4bit"] | None = None  # the frozen teacher's weights; needs bitsandbytes
-    # -- the method: a row of the table, and what overrides its columns --
+    teacher: str = "gpt2-xl"  # hub id or local folder; an adapter is merged onto its base
+    student: str = "gpt2"  # hub id or local folder; must share the teacher's tokenizer
+    # JSONL of training rows: instruction, input, output; prompt, response (or completion); or
+    # messages, whose last assistant turn is the response. Unset: Dolly, from the hub
+    data: str | None = None
+    max_length: int = 512  # tokens of prompt and response; a longer response is cut
+    max_prompt_length: int = 256  # rows with a longer prompt are dropped, and counted
+    max_new_tokens: int = 256  # longest response, when sampling and when scoring
+    # -- the method: a row of the method table, and flags that override its columns --
     method: Literal[tuple(METHODS)] = "okd"  # row of the method table
-    divergence: Literal[tuple(DIVERGENCES)] | None = None  # D in L_S
-    # whose: data (gold), teacher, student, adaptive (DistiLLM: gold, fresh or replayed), mixture (MiniLLM's rollouts)
+    divergence: Literal[tuple(DIVERGENCES)] | None = None  # of teacher and student
+    # what the student trains on: data (gold responses); teacher (its responses, sampled once);
+    # student (its own, sampled at each step); adaptive (DistiLLM: gold, sampled or replayed);
+    # mixture (MiniLLM: rollouts of teacher and student mixed)
     text: Literal["data", "teacher", "student", "adaptive", "mixture"] | None = None
-    teacher_moves: bool | None = None  # whether the teacher's online module trains
-    student_ce_weight: float | None = None  # a in L_S: 1 is the text alone, whose next token is y; not for its own text
-    sgo_fraction: float | None = None  # student: probability that a batch is student text; adaptive: start of phi
-    sgo_source: Literal["fresh", "replay"] = "fresh"  # student: the answers just written, or a draw from a buffer
-    rollouts: int = 256  # mixture: rows sampled at a time
-    temperature: float = 1.0  # softens p and q in the divergences of both losses; touches neither CE nor sampling
-    beta: float = 0.5  # jsd: the teacher's share of the mixture; near 0 it acts like fkl, near 1 like rkl
-    skew: float = 0.1  # sfkl, srkl: how much of the one distribution is mixed into the other
-    ab_alpha: float = 0.2  # ab: exponent of p; (alpha, beta) = (1, 0) is fkl, (0, 1) is rkl
+    teacher_moves: bool | None = None  # whether the teacher's online module is trained
+    student_ce_weight: float | None = None  # share of cross-entropy in the student's loss
+    sgo_fraction: float | None = None  # probability that a batch is the student's own text
+    temperature: float = 1.0  # of both networks in the divergences, not in sampling
+    beta: float = 0.5  # jsd: the teacher's share of the mixture; towards 0 fkl, towards 1 rkl
+    skew: float = 0.1  # sfkl, srkl: share of the one distribution mixed into the other
+    ab_alpha: float = 0.2  # ab: exponent of p
     ab_beta: float = 0.7  # ab: exponent of q
     # -- the online module --
-    alpha: float = 0.5  # alpha in L_T: pull of the student; 1 - alpha: of the text, whose next token is y
-    anchor: float = 0.0  # mu in L_T, ours: pull back to p_0, the teacher with its module switched off
-    teacher_lr_ratio: float = 1.0  # learning rate of the module / of the student; the paper has one for both
-    lora_rank: int = 32  # of the module, and of the teacher's fine-tuning with --teacher-sft lora
-    lora_scale: float = 1.0  # s in eq. 15; peft's lora_alpha is this times the rank
-    lora_targets: str = "auto"  # auto: query and value, by peft's table; all-linear; or names: q_proj,v_proj,o_proj
-    lora_top_layers: int = 0  # the module on the top k blocks alone, which is cheaper; 0: on all
-    cache_teacher: bool = False  # keep the teacher's states on disk (`with_states`): changes speed and no number
-    # -- warm start: both learn the gold text first, once for all runs, so that ten methods start from the same bits --
+    alpha: float = 0.5  # of the teacher's loss: alpha KL to the student + (1 - alpha) CE
+    anchor: float = 0.0  # weight of KL(p_0 || p_f), which holds the module back; not in the paper
+    teacher_lr_ratio: float = 1.0  # learning rate of the module / of the student
+    lora_rank: int = 32  # rank of the module
+    lora_scale: float = 1.0  # s in equation 15: peft's lora_alpha / rank
+    lora_targets: str = "auto"  # auto (query and value), all-linear, or names: q_proj,v_proj
+    lora_top_layers: int = 0  # module on the top layers only, which is cheaper; 0: on all
+    cache_teacher: bool = False  # frozen teachers: keep their hidden states in host memory
+    # -- warm start: both learn the gold text first, once for all runs; batches of 32 --
     teacher_sft: Literal["lora", "full"] = "lora"  # LoRA merged into the weights, or all weights
-    teacher_sft_epochs: float = 3  # 0 when the teacher is fine-tuned already
+    teacher_sft_epochs: float = 3  # 0 for a teacher that is fine-tuned already
     teacher_sft_lr: float = 2e-4  # peak learning rate
-    student_sft_epochs: float = 3  # 0 when the student is fine-tuned already
+    student_sft_epochs: float = 3  # 0 for a student that is fine-tuned already
     student_sft_lr: float = 1e-4  # peak learning rate
-    cache_dir: str = "runs/.cache"  # where they, and what --cache-teacher keeps, are found again
+    cache_dir: str = "runs/.cache"  # where the fine-tuned models are kept
     # -- optimization --
-    epochs: float = 20  # passes of the distillation over the data
-    max_steps: int = 0  # at most so many optimizer steps in each training, for tries; 0: no limit
-    batch_size: int = 32  # rows of an optimizer step, over all micro-batches and processes; the paper's grid: 8, 16, 32
-    micro_batch_tokens: int = 4096  # most at once, padding included; changes memory and speed, never the loss
-    sample_batch_size: int = 128  # prompts answered at once, when sampling and when scoring
-    lr: float = 1e-4  # student's peak learning rate; the paper's grid up to 1B parameters: 5e-4, 1e-4, 5e-5
-    weight_decay: float = 0.0  # AdamW's, not on biases and norms
-    max_grad_norm: float = 1.0  # gradient clipping, each network by itself; 0 turns it off
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    epochs: float = 20  # of distillation
+    max_steps: int = 0  # at most so many optimizer steps of distillation; 0: no limit
+    batch_size: int = 32  # rows of an optimizer step, over all processes; the paper's: 8, 16, 32
+    micro_batch_tokens: int = 4096  # tokens in memory at once, padding included; changes no loss
+    sample_batch_size: int = 64  # prompts in memory at once, when sampling and when scoring
+    lr: float = 1e-4  # peak learning rate; the paper's: 5e-4, 1e-4, 5e-5 (up to 1B parameters)
+    weight_decay: float = 0.0  # of AdamW, not on biases and norms
+    max_grad_norm: float = 1.0  # gradient clipping, for each network by itself; 0: none
+    gradient_checkpointing: bool = False  # of the student: less memory, more time
     # -- the run --
-    seed: int = 1  # order of the data, sampled text, dropout, the module's start
-    output_dir: str | None = None  # the run's own folder; unset: runs/METHOD-STUDENT-TEACHER-sSEED-TIME
-    resume: str | None = None  # go on with the run in this folder, by the flags in its args.json; or begin it there
-    save_every: int = 500  # steps between checkpoints; 0: only when SIGTERM or SIGINT ends the run
+    seed: int = 1  # of data order, sampling, dropout and the module's start
+    output_dir: str | None = None  # a new folder; unset: runs/METHOD-STUDENT-TEACHER-sSEED-TIME
+    # continue the run in this folder, with its own flags; only --device, --track, --log-every,
+    # --save-minutes, --micro-batch-tokens, --sample-batch-size, --gradient-checkpointing may change
+    resume: str | None = None
+    save_minutes: float = 10  # between checkpoints; 0: only at the end and on SIGTERM or SIGINT
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    # of autocast; weights, softmax and losses stay float32. auto: bf16 where it is fast, else fp16 (GPU) or fp32 (CPU)
+    # of autocast; weights, softmax and losses are float32. auto: bf16 where it is fast, else fp16
+    # on a GPU and fp32 on a CPU
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    shard: bool = False  # under torchrun: split the frozen teacher's blocks over the processes (FSDP2)
-    log_every: int = 10  # steps between two lines of metrics
-    eval_every: int = 0  # steps between two looks at the dev rows; 0: an epoch
-    eval_rows: int = 100  # dev rows looked at
-    select: Literal["best", "last"] = "best"  # student kept: of the look with the best Rouge-L; last: no look scores
-    score_rows: int = 100  # test rows scored with Rouge-L at the end: teacher, warm start and student
-    track: bool = False  # log to Weights & Biases, whose own variables work, too: WANDB_MODE=offline, WANDB_PROJECT
+    shard: bool = False  # under torchrun: split the frozen teacher over the processes
+    log_every: int = 10  # steps between two reports
+    eval_every: int = 0  # steps between two evaluations on the dev rows; 0: an epoch
+    eval_rows: int = 100  # dev rows evaluated
+    select: Literal["best", "last"] = "best"  # student kept: best dev Rouge-L, or last
+    score_rows: int = 100  # test rows scored with Rouge-L before and after
+    track: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_MODE are read
 
 
-# The demo follows the paper: the teacher is fine-tuned on the very rows that the student is distilled on.
-DEMO = Args(teacher="demo", student="demo", max_length=96, max_new_tokens=48, epochs=40, lr=2e-3, precision="fp32",
-            teacher_sft="full", teacher_sft_epochs=30, teacher_sft_lr=1e-3, student_sft_epochs=70, student_sft_lr=2e-3,
-            eval_every=100, save_every=0)  # fmt: skip
-
-RANGES = (  # lowest, highest, flags
-    (0, 1, "alpha beta student_ce_weight sgo_fraction"),
-    (0, 0.999, "skew"),  # at 1 both sides are the teacher
-    (0, 1e9, "anchor ab_alpha ab_beta weight_decay max_grad_norm save_every seed eval_every eval_rows score_rows"),
-    (0, 1e9, "teacher_sft_epochs student_sft_epochs lora_top_layers max_steps"),
-    (1e-9, 1e9, "temperature lr teacher_lr_ratio epochs lora_scale teacher_sft_lr student_sft_lr"),
-    (1, 1e9, "batch_size micro_batch_tokens sample_batch_size log_every lora_rank max_new_tokens rollouts"),
+# The demo is in the paper's regime: the teacher is fine-tuned on the rows the student is taught on.
+DEMO = Args(
+    teacher="demo",
+    student="demo",
+    max_length=96,
+    max_new_tokens=48,
+    teacher_sft="full",
+    teacher_sft_epochs=30,
+    teacher_sft_lr=1e-3,
+    student_sft_epochs=70,
+    student_sft_lr=2e-3,
+    epochs=40,
+    lr=2e-3,
+    precision="fp32",
+    eval_every=100,
 )
 
+# What may change when a run is resumed, since no result depends on it but by rounding.
+RESUMABLE = {
+    "resume",
+    "device",
+    "track",
+    "log_every",
+    "save_minutes",
+    "micro_batch_tokens",
+    "sample_batch_size",
+    "gradient_checkpointing",
+}
+# The problem that a run works on, and what concerns the run alone: no part of a method's name.
+NOT_SETTINGS = RESUMABLE | {
+    "method",
+    "teacher",
+    "student",
+    "data",
+    "max_length",
+    "max_prompt_length",
+    "max_new_tokens",
+    "teacher_sft",
+    "teacher_sft_epochs",
+    "teacher_sft_lr",
+    "student_sft_epochs",
+    "student_sft_lr",
+    "cache_dir",
+    "cache_teacher",
+    "seed",
+    "output_dir",
+    "shard",
+    "score_rows",
+}
 
-def parse(argv):
-    """Flags -> Args, the method's row in every column that no flag overrides. Raises UserError."""
-    named = {flag.split("=")[0] for flag in argv}
-    args = tyro.cli(Args, args=argv, default=Args() if "--teacher" in named else DEMO, prog="okd.py")
-    if args.resume and (stored := pathlib.Path(args.resume, "args.json")).exists():
-        with blaming(f"{args.resume} is not the folder of a run that can go on"):
-            begun = Args(**json.loads(stored.read_text()))
-        args = tyro.cli(Args, args=argv, default=begun, prog="okd.py")
-        refuse(args.precision != begun.precision, f"{args.resume} was begun in {begun.precision}: drop --precision")
-    row = dict(METHODS[args.method])
-    row["sgo_fraction"] = row["sgo_fraction"] or float(args.text == "student")  # whoever asks for that text gets it
-    args = replace(args, **{column: value for column, value in row.items() if getattr(args, column) is None})
-    for low, high, names in RANGES:
-        for name, value in ((name, getattr(args, name)) for name in names.split()):
-            refuse(not low <= value <= high, f"--{name.replace('_', '-')} is {value}: it must lie in [{low}, {high}]")
-    refuse(args.ab_alpha == args.ab_beta == 0, "--ab-alpha 0 with --ab-beta 0: one of them must be larger")
-    own, free = args.text in ("student", "adaptive", "mixture"), args.teacher_moves and args.anchor == 0
-    refuse(free and (own or args.alpha == 1), "--alpha 1, as student text, needs --anchor: else p = q is a fixed point")
-    refuse(own and args.student_ce_weight > 0, "--student-ce-weight on student text: y is the student's own token")
-    refuse(args.text == "adaptive" and not args.eval_rows, "--text adaptive needs --eval-rows, by which phi grows")
-    refuse(args.cache_teacher and (own or args.shard), "--cache-teacher needs text that stays, and no --shard")
-    return args
+RANGES = [  # lowest, highest, flags
+    (0, 1, "alpha beta student_ce_weight sgo_fraction"),
+    (0, 0.999, "skew"),
+    (0, 1e9, "anchor ab_alpha ab_beta weight_decay max_grad_norm seed eval_every eval_rows"),
+    (0, 1e9, "score_rows save_minutes teacher_sft_epochs student_sft_epochs max_steps"),
+    (0, 1e9, "lora_top_layers"),
+    (1e-9, 1e9, "temperature lr teacher_lr_ratio epochs lora_scale teacher_sft_lr student_sft_lr"),
+    (1, 1e9, "batch_size micro_batch_tokens sample_batch_size log_every lora_rank"),
+    (1, 1e9, "max_new_tokens max_prompt_length"),
+    (2, 1e9, "max_length"),
+]
 
 
 class UserError(Exception):
-    """Something the user can mend: one line, and exit code 2."""
+    """A mistake that the user can mend: printed as one line, with exit code 2."""
 
 
-def refuse(wrong, why):
-    if wrong:
-        raise UserError(why)
+def parse_args(argv):
+    """Flags -> Args. A column of the method table that no flag sets comes from the method's row."""
+    given = {item.split("=")[0].replace("_", "-") for item in argv if item.startswith("-")}
+    default = DEMO
+    if given & {"--teacher", "--help", "-h"}:
+        default = Args()
+    args = tyro.cli(Args, args=argv, default=default, prog="okd.py")
+    if args.resume is not None:
+        return resumed_args(args, given)
+    for column, value in asdict(METHODS[args.method]).items():
+        if getattr(args, column) is None:
+            setattr(args, column, value)
+    if args.text == "student" and args.sgo_fraction == 0:  # --text student for a row of gold text
+        args.sgo_fraction = 1.0
+
+    for low, high, names in RANGES:
+        for name in names.split():
+            value = getattr(args, name)
+            if not low <= value <= high:
+                raise UserError(f"{flag(name)} is {value}: it must lie in [{low}, {high:g}]")
+    if args.ab_alpha == 0 and args.ab_beta == 0:
+        raise UserError("--ab-alpha and --ab-beta are both 0: one of them must be larger")
+    own_text = args.text in ("student", "adaptive", "mixture")
+    if own_text and args.student_ce_weight > 0:
+        raise UserError("--student-ce-weight: on the student's own text there is no gold token")
+    if args.teacher_moves and args.anchor == 0 and (own_text or args.alpha == 1):
+        raise UserError("p = q would be a fixed point: give --anchor, or gold text and --alpha < 1")
+    if args.text == "adaptive" and args.eval_rows == 0:
+        raise UserError("--text adaptive needs --eval-rows: phi depends on the evaluations")
+    if args.cache_teacher and args.teacher_moves:
+        raise UserError("--cache-teacher: the states of a moving teacher change with every step")
+    if args.gradient_checkpointing and args.text == "mixture":
+        raise UserError("--gradient-checkpointing is not possible with --text mixture")
+    if args.shard and (args.text == "mixture" or args.teacher_sft == "full"):
+        raise UserError("--shard needs --teacher-sft lora and a --text other than mixture")
+    return args
 
 
-@contextlib.contextmanager
-def blaming(what):
-    """An error inside is the user's to mend: one line that says what and why. Running out of memory is not."""
-    try:
-        yield
-    except Exception as error:  # models, templates, hub and HTTP library raise what they like
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        raise UserError(f"{what} ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})") from error
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
-# The loop -------------------------------------------------------------------------------------------------------------
+def resumed_args(args, given):
+    """The flags that the run began with, and those of RESUMABLE that were given now."""
+    with explaining(f"--resume {args.resume}: no run was begun there"):
+        stored = json.loads((pathlib.Path(args.resume) / "args.json").read_text())
+        begun = Args(**{f.name: stored[f.name] for f in fields(Args)})
+    for name in sorted(given):
+        column = name.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if column not in RESUMABLE:
+            raise UserError(f"{name}: a resumed run keeps its flags; begin another run instead")
+        setattr(begun, column, getattr(args, column))
+    if given & {"--micro-batch-tokens", "--sample-batch-size", "--gradient-checkpointing"}:
+        print("the resumed run is equal to an unbroken one only up to rounding and sampling")
+    begun.output_dir = args.resume
+    begun.precision = stored["began_with"]["precision"]
+    return begun
 
 
-def train(args, student, teacher, data, tokenizer, hw, folder, phase="distil", wandb=None):
-    """Algorithm 1: train the student, and with args.teacher_moves the teacher's module. One loop for every method.
-    Goes on from the checkpoint in `folder` when there is one. -> the state at the end. Exits after a signal."""
-    networks = torch.nn.ModuleDict(dict(student=student) | (dict(teacher=teacher) if args.teacher_moves else {}))
-    for network in networks.values() if args.gradient_checkpointing else ():
-        network.activation_checkpointing_enable(dict(use_reentrant=False))
-    moving = {name: p.data for name, p in networks.named_parameters() if p.requires_grad}
-    optimizers = {name: adamw(network, args.weight_decay) for name, network in networks.items()}
-    scaler = torch.amp.GradScaler(hw.device.type, enabled=hw.dtype == torch.float16)
-    scalars = dict(taid_t=0.4, taid_momentum=0.0, taid_loss=math.inf, skipped_steps=0.0)
-    scalars = {name: torch.tensor(value, device=hw.device) for name, value in scalars.items()}
-    state = dict(step=0, seconds=0.0, tokens=0, logged=0, first=None, best=None, last=None, sampling_s=0.0,
-                 phi=args.sgo_fraction, replay=[], rollouts=[])  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    state, best = load_checkpoint(folder, networks, optimizers | dict(scaler=scaler), scalars) or (state, None)
-    log = open(os.devnull if hw.rank else folder / "metrics.jsonl", "a", buffering=1)
-    log.truncate(state["logged"]) if hw.rank == 0 else None  # what follows is reported again
-    dev, per_epoch = data.get("dev", [])[: args.eval_rows], max(1, len(data["train"]) // args.batch_size)
-    steps = min(max(1, round(args.epochs * per_epoch)), args.max_steps or sys.maxsize)
-    text = Text(args, student, teacher, data["train"], tokenizer, hw, steps, state)
-    clock, seen, signals = time.perf_counter(), state["tokens"], []
-    start = clock - state["seconds"]
-    on_signals(lambda number, frame: signals.append(number) or on_signals(signal.SIG_DFL))  # a second one ends at once
+def run_label(args):
+    """The method and every setting that differs from its default: 'fkl temperature=2.0'."""
+    defaults = DEMO if args.teacher == "demo" else Args()
+    parts = [args.method]
+    for name, value in asdict(args).items():
+        default = getattr(METHODS[args.method], name, getattr(defaults, name))
+        if name not in NOT_SETTINGS and value != default:
+            parts.append(f"{name}={value}")
+    return " ".join(parts)
 
-    for step in tqdm(range(state["step"], steps + 1), phase, steps, initial=state["step"], disable=hw.rank > 0 or None):
-        # A look at the dev rows, the first before any step, the last after all of them. The clocks stand still.
-        if dev and (step % (args.eval_every or per_epoch) == 0 or step == steps):
-            pause = hw.now()
-            now = evaluate(args, student, teacher, dev, tokenizer, hw)
-            state |= dict(first=state["first"] or now, last=now)
-            if args.select == "last" or now["rouge_l"] >= (state["best"] or now)["rouge_l"]:
-                state["best"] = now | dict(step=step)
-                best = {name: p.to("cpu", copy=True) for name, p in moving.items()} if args.select == "best" else None
-            text.validated(now["student_ce"])
-            report(log, wandb, phase, step, "dev", now)
-            start, clock = start + hw.now() - pause, clock + hw.now() - pause
-        if step == steps:
+
+# -----------------------------------------------------------------------------
+# The training loop
+
+
+@dataclass
+class TextState:
+    """What selects the text of a step and changes from step to step."""
+
+    phi: float = 0.0  # probability that a step trains on student text
+    reference_loss: float | None = None  # DistiLLM: the dev loss when phi was last raised
+    replay: list = field(default_factory=list)  # Examples
+    rollouts: list = field(default_factory=list)  # Examples
+
+
+@dataclass
+class TrainState:
+    """All that changes in a run besides tensors."""
+
+    text: TextState
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training: neither evaluations nor checkpoints count
+    sampling_seconds: float = 0.0
+    log_bytes: int = 0  # size of metrics.jsonl at the checkpoint: a resumed run cuts it there
+    first_eval: dict | None = None
+    best_eval: dict | None = None
+    last_eval: dict | None = None
+
+
+def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wandb_run=None):
+    """Train the student and, with args.teacher_moves, the teacher's online module: Algorithm 1.
+
+    Every method runs here. `state` is that of a run that begins; a checkpoint in run_dir takes its
+    place. teacher may be None for supervised fine-tuning without evaluations. Returns the final
+    state; the student keeps the weights of its best evaluation, or of the last step. Raises
+    UserError when the first losses are not finite; exits with 128 + n on signal n.
+    """
+    dev_rows = data.dev[: args.eval_rows]
+    steps_per_epoch = max(1, len(data.train) // args.batch_size)
+    num_steps = max(1, round(args.epochs * steps_per_epoch))
+    if args.max_steps > 0:
+        num_steps = min(num_steps, args.max_steps)
+    eval_every = args.eval_every or steps_per_epoch
+
+    networks = torch.nn.ModuleDict({"student": student})
+    if args.teacher_moves:
+        networks["teacher"] = teacher
+    if args.gradient_checkpointing:
+        with explaining("--gradient-checkpointing: the student's model family cannot do it"):
+            student.activation_checkpointing_enable({"use_reentrant": False})
+    optimizers = {name: make_optimizer(net, args.weight_decay) for name, net in networks.items()}
+    scaler = make_scaler(hw)
+    taid_schedule = TaidSchedule().to(hw.device)
+    # Supervised fine-tuning needs no teacher, so it does not run.
+    loss_teacher = teacher if args.student_ce_weight < 1 or args.teacher_moves else None
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    best_weights = None
+    stateful = {**optimizers, "scaler": scaler, "taid": taid_schedule}
+    if (run_dir / "checkpoint.pt").exists():
+        state, best_weights = load_checkpoint(run_dir, networks, stateful)
+        print(f"{run_dir}: resumed after step {state.step}")
+    log_path = run_dir / "metrics.jsonl"
+    tracked_step = cut_log(log_path, state.log_bytes, hw)
+    reporter = Reporter(log_path, phase, state.step, num_steps, hw, wandb_run, tracked_step)
+    sampler = Sampler(args, state, student, teacher, data.stop_ids, hw)
+    reported_tokens = state.tokens
+    reported_seconds = state.seconds
+
+    signals = StopSignals()
+    next_save = time.monotonic() + 60 * args.save_minutes
+    clock = hw.now()
+    for step in range(state.step, num_steps + 1):
+        # Evaluate: before the first step, every eval_every steps, after the last one.
+        if dev_rows and (step % eval_every == 0 or step == num_steps):
+            state.seconds += hw.now() - clock
+            metrics = evaluate(args, student, teacher, dev_rows, data, hw)
+            if step == 0:
+                require_finite(metrics, ["student_ce", "teacher_ce"], phase)
+            reporter.report(step, "dev", metrics)
+            record = {"step": step, **metrics}
+            state.first_eval = state.first_eval or record
+            state.last_eval = record
+            if args.select == "last" or is_best(record, state.best_eval):
+                state.best_eval = record
+                if args.select == "best":
+                    best_weights = copy_to_cpu(trainable_weights(networks))
+            if args.text == "adaptive":
+                raise_phi(state.text, metrics["student_ce"])
+            clock = hw.now()
+        if step == num_steps:
             break
 
-        # Whose text. Order, sampling and dropout of a step depend on seed and step alone: a resume needs no more.
-        torch.manual_seed(hash((args.seed, step, hw.rank)))  # of integers: the same in every process
-        rows = text(step)
-        tokens = sum(len(row.response_ids) for row in rows)  # of the whole batch, however it is split
+        # Text. Data order, sampling and dropout depend on seed and step alone: a resume is exact.
+        torch.manual_seed(hash((args.seed, step, hw.rank)))
+        rows = select_rows(args, step, num_steps, data.train, state.text, sampler)
+        num_tokens = sum(len(row.response_ids) for row in rows)
 
-        # Who is asked. A network that neither a loss nor a report needs does not run.
-        look = (step + 1) % args.log_every == 0 or step + 1 == steps
-        asked = teacher if look or args.teacher_moves or args.student_ce_weight < 1 else None
-        need_p0 = args.teacher_moves and (look or args.anchor > 0)
-        divergence = bound_divergence(args, scalars["taid_t"])
+        # Losses and gradients of both networks, from one forward pass of each.
+        sums = {}
+        # The teacher stays in eval mode: its gradient needs no dropout. Without dropout MiniLLM's
+        # ratio q / q_when_sampled is exact.
+        student.train(args.text != "mixture")
+        for batch in micro_batches(rows, args.micro_batch_tokens, hw):
+            losses = train_micro_batch(
+                args, student, loss_teacher, batch, hw, scaler, num_tokens, taid_schedule.t
+            )
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value
+        student.eval()
+        metrics = {name: total / num_tokens for name, total in hw.total(sums).items()}
 
-        def losses(log_p, log_q, log_p0, labels, rollout):
-            terms = {"student_loss": student_loss(log_p, log_q, labels, divergence, args.student_ce_weight, rollout)}
-            if args.teacher_moves:
-                weights = args.alpha, args.anchor, args.temperature
-                terms["teacher_loss"] = teacher_loss(log_p, log_q, log_p0, labels, *weights)
-            return terms | (measure(log_p, log_q, log_p0, labels) if look and teacher else {})
-
-        # Both losses from one forward of each network. Neither reaches into the other, so one backward serves both.
-        sums, backward = Counter(), lambda loss: scaler.scale(loss / tokens).backward()
-        networks.train()  # elsewhere in eval mode; the teacher was loaded without dropout
-        for batch in micro_batches(rows, args, hw):
-            sums.update(run_batch(student, asked, batch, hw, losses, backward, need_p0))
-        networks.eval()
-        means = {name: value / tokens for name, value in hw.total(sums).items()}
-
-        # Two steps. One whose gradient is not finite is skipped, on the device, and counted.
-        rate, norms = learning_rate(step, steps, args.lr), {}
+        # Step.
+        lr = learning_rate(step, num_steps, args.lr)
         for name, optimizer in optimizers.items():
-            own = rate * (args.teacher_lr_ratio if name == "teacher" else 1)
-            norms[f"{name}_grad_norm"] = update(optimizer, scaler, own, args.max_grad_norm, hw)
+            own_lr = lr * args.teacher_lr_ratio if name == "teacher" else lr
+            grad_norm = optimizer_step(optimizer, scaler, own_lr, args.max_grad_norm, hw)
+            metrics[f"{name}_grad_norm"] = grad_norm
         scaler.update()
-        scalars["skipped_steps"] += 1.0 - torch.stack(list(norms.values())).isfinite().all().float()
         if args.divergence == "taid":
-            taid_step(scalars, means["student_loss"], step / max(1, steps - 1))
+            taid_schedule.step(metrics["student_loss"], step / max(1, num_steps - 1))
+            metrics["taid_t"] = taid_schedule.t
+        state.tokens += sum(len(row) for row in rows)
+        state.step = step + 1
 
-        # Report. Between reports nothing is read back from the device, so a GPU is never waited for.
-        state["tokens"] += sum(map(len, rows))
-        if look:
-            means |= norms | {name: scalars[name] for name in ("taid_t", "skipped_steps")} | dict(lr=rate)
-            means |= {name: state[name] for name in ("phi", "sampling_s")} | dict(peak_memory_gb=hw.peak_gb())
-            means["tokens_per_s"] = (state["tokens"] - seen) / (hw.now() - clock)
-            report(log, wandb, phase, step + 1, "train", means)
-            seen, clock = state["tokens"], hw.now()
+        # All processes stop after the same step, and save when the first one's clock says so.
+        save_due = args.save_minutes > 0 and time.monotonic() >= next_save
+        votes = hw.gather((signals.number, save_due))
+        stop_signal = max(number for number, _ in votes)
+        is_last = state.step == num_steps
+        reporting = is_last or state.step % args.log_every == 0
+        saving = is_last or stop_signal or votes[0][1]
+        if reporting or saving:
+            now = hw.now()
+            state.seconds += now - clock
+            clock = now
 
-        # Survive.
-        stop = max(hw.gather(signals[-1] if signals else 0))
-        if stop or step + 1 == steps or (args.save_every and (step + 1) % args.save_every == 0):
-            state |= dict(step=step + 1, seconds=hw.now() - start, logged=log.tell(), peak_memory_gb=hw.peak_gb())
-            save_checkpoint(folder, moving, optimizers | dict(scaler=scaler), scalars, state, best, hw)
-        if stop:
-            print(f"stopped in {phase}, step {step + 1}; python okd.py --resume {args.output_dir}", file=sys.stderr)
-            sys.exit(128 + stop)
-    on_signals(signal.SIG_DFL)
-    networks.load_state_dict(best or {}, strict=False)
+        # Report. Between reports no tensor is read back, so we never wait for the GPU.
+        if reporting:
+            if state.step <= args.log_every:
+                require_finite(metrics, ["student_loss", "teacher_loss"], phase)
+            metrics["lr"] = lr
+            metrics["phi"] = state.text.phi
+            metrics["loss_scale"] = scaler.get_scale()  # fp16: halved by every skipped step
+            metrics["sampling_s"] = state.sampling_seconds
+            metrics[hw.peak_name()] = hw.peak_gb()
+            new_seconds = max(state.seconds - reported_seconds, 1e-9)
+            metrics["tokens_per_s"] = (state.tokens - reported_tokens) / new_seconds
+            reporter.report(state.step, "train", metrics)
+            reported_tokens = state.tokens
+            reported_seconds = state.seconds
+
+        # Save.
+        if saving:
+            if hw.rank == 0:
+                state.log_bytes = log_path.stat().st_size
+                save_checkpoint(run_dir, networks, stateful, state, best_weights)
+            hw.gather("saved")  # a barrier
+            next_save = time.monotonic() + 60 * args.save_minutes
+            clock = hw.now()
+        if stop_signal:
+            break
+
+    signals.restore()
+    stop_signal = max(hw.gather(signals.number))  # also one that came during the last evaluation
+    if stop_signal:
+        print(f"{phase}: stopped after step {state.step}; python okd.py --resume {args.output_dir}")
+        sys.exit(128 + stop_signal)
+    if best_weights is not None:
+        networks.load_state_dict(best_weights, strict=False)
     return state
 
 
-@torch.no_grad()
-def evaluate(args, student, teacher, rows, tokenizer, hw):
-    """Means over the response tokens of `rows` of all in `measure`; with --select best, Rouge-L of greedy answers."""
-    sums = Counter()
-    for batch in micro_batches(rows, args, hw, share=False):  # every process looks at all of them
-        sums.update(run_batch(student, teacher, batch, hw, measure, need_p0=args.teacher_moves))
-    means = {name: float(value) / sum(len(row.response_ids) for row in rows) for name, value in sums.items()}
-    return means | (dict(rouge_l=score(args, student, tokenizer, rows, hw)[0]) if args.select == "best" else {})
+class StopSignals:
+    """Records a SIGTERM or SIGINT; the loop then finishes its step, saves a checkpoint and exits.
+
+    A second signal ends the process at once, but only when it comes more than 5 seconds later:
+    torchrun sends its workers a signal of its own beside the one that reaches the whole job.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self.time = 0.0
+        self.handlers = {n: signal.signal(n, self.record) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def record(self, number, frame):
+        if self.number == 0:
+            self.number = number
+            self.time = time.monotonic()
+        elif time.monotonic() > self.time + 5:
+            os._exit(128 + number)
+
+    def restore(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
-def adamw(model, weight_decay):
-    """Fused AdamW over what is trainable; the 1-D weights, norms and biases, do not decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decaying = dict(params=[p for p in trainable if p.ndim > 1], weight_decay=weight_decay)
-    others = dict(params=[p for p in trainable if p.ndim < 2], weight_decay=0.0)
-    return torch.optim.AdamW([decaying, others], fused=True)
+def make_optimizer(model, weight_decay):
+    """AdamW; norms and biases, the one-dimensional weights, do not decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise UserError("the student has no trainable weights")
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, fused=True)
 
 
-def update(optimizer, scaler, rate, max_norm, hw):
-    """One clipped step on the gradients of all processes. -> their norm; when that is not finite nothing moves."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    for p in parameters if hw.world > 1 else ():
-        dist.all_reduce(p.grad)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+def make_scaler(hw):
+    """A gradient scaler for every precision: it skips the step of a non-finite gradient.
+
+    With a fused optimizer it decides on the device: no tensor is read back. Only fp16 needs the
+    scale itself. Elsewhere it is 1 and never grows.
+    """
+    if hw.dtype == torch.float16:
+        return torch.amp.GradScaler(hw.device.type)
+    return torch.amp.GradScaler(hw.device.type, init_scale=1.0, growth_interval=10**9)
+
+
+def optimizer_step(optimizer, scaler, lr, max_grad_norm, hw):
+    """One clipped step on the gradients of all processes. Returns the norm before clipping."""
+    params = []
     for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.found_inf = (~norm.isfinite()).float()  # then a fused optimizer skips; a GradScaler in use sets its own
+        group["lr"] = lr
+        params += group["params"]
+    if hw.world > 1:
+        sum_gradients(params)
+    params = [p for p in params if p.grad is not None]
+    scaler.unscale_(optimizer)  # also looks for inf and NaN, which clipping would spread or hide
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
     scaler.step(optimizer)
     optimizer.zero_grad()
-    return norm
+    return grad_norm
 
 
-def learning_rate(step, steps, peak, warmup=0.03):
-    """A line up to the peak over the first 3 % of the steps, as in the OKD paper, then a line down to 0 at the end."""
-    rising = round(warmup * steps)
-    return peak * min((step + 1) / (rising + 1), (steps - step) / (steps - rising))
+def sum_gradients(params):
+    """Over the processes, in one exchange. A sum: losses are divided by the tokens of all."""
+    for p in params:
+        if p.grad is None:  # unused in this process, but perhaps not in the others
+            p.grad = torch.zeros_like(p)
+    total = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(total)
+    for p, grad in zip(params, total.split([p.numel() for p in params]), strict=True):
+        p.grad.copy_(grad.view_as(p))
 
 
-# One micro-batch: two trunks, then heads, losses and gradients over chunks of tokens, then back through the trunks ----
-
-CHUNK_ELEMENTS = 2**23  # logits of one network alive at once on a CPU: 32 MB in float32, which its cache nearly holds
-GPU_CHUNKS = 8  # times as many elsewhere, where each chunk costs kernel launches and a (V, H) gradient
-# A decoder's output; what a family's head reads besides (cross attentions, router logits, ...) is None.
-Decoded = type("Decoded", (transformers.modeling_outputs.BaseModelOutputWithPast,), dict(__getattr__=lambda *_: None))
-
-
-def trunk(model, batch, states=None):
-    """-> ((N, H) hidden states of the N positions that predict a response token, head: such rows -> float32 logits).
-    No attention mask: padding is on the right, and causal attention never looks there. The head is the family's own
-    forward with its decoder replaced, so that tied weights, scales and soft caps are the family's business. `states`,
-    from `with_states`: (N, H) are the hidden states already; (B, T, H) enter the lowest block that carries LoRA."""
-    decoder = model.get_decoder()
-    if states is None or states.ndim == 3:
-        with contextlib.ExitStack() as stack:
-            for block in blocks_of(model)[: lowest_lora(model)] if states is not None else ():
-                stack.enter_context(mock.patch.object(block, "forward", lambda *_, **__: states))
-            hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        states = hidden.flatten(0, 1).index_select(0, batch.positions)
-
-    def head(rows):
-        with mock.patch.object(decoder, "forward", lambda *_, **__: Decoded(last_hidden_state=rows[None])):
-            return model(input_ids=batch.input_ids[:1, :1], use_cache=False).logits[0].float()
-
-    return states, head
+def learning_rate(step, num_steps, peak, warmup=0.03):
+    """Linear warm-up over the first 3 % of the steps, then linear decay to 0, as in the paper."""
+    warmup_steps = round(warmup * num_steps)
+    rising = (step + 1) / (warmup_steps + 1)
+    falling = (num_steps - step) / (num_steps - warmup_steps)
+    return peak * min(rising, falling)
 
 
-def run_batch(student, teacher, batch, hw, losses, backward=lambda loss: None, need_p0=False):
-    """Forward, and with `backward` back-propagate, one Batch. -> {name: sum over its tokens}, tensors on the device.
-    losses(log_p, log_q, log_p0, labels, rollout) -> {name: (n,) values}; their sum is differentiated. The gradient of
-    the hidden states is collected chunk by chunk and sent through each trunk once, so that only so many logits of a
-    network live at a time, and each is normalised once. teacher may be None."""
-    sums, size = Counter(), CHUNK_ELEMENTS * (1 if hw.device.type == "cpu" else GPU_CHUNKS)
-    size = max(1, size // student.get_output_embeddings().weight.size(0))
-    with hw.autocast():  # one region, so that a head is cast once for all chunks
-        trunks = {"q": trunk(student, batch)}
-        if teacher is not None:
-            trunks["p"] = trunk(teacher, batch, batch.states)
-            if need_p0:  # no second copy of the teacher: its module is switched off
-                with torch.no_grad(), teacher.disable_adapter():
-                    trunks["p0"] = trunk(teacher, batch, batch.states)
-        leaves = {name: hidden.detach().requires_grad_(hidden.requires_grad) for name, (hidden, _) in trunks.items()}
-        for part in (slice(start, start + size) for start in range(0, len(batch.labels), size)):
-            log = {name: trunks[name][1](leaf[part]).log_softmax(-1) for name, leaf in leaves.items()}
-            terms = losses(log.get("p"), log["q"], log.get("p0", log.get("p")), batch.labels[part], batch.rollout[part])
-            backward(sum(term.sum() for term in terms.values()))
-            sums.update({name: term.detach().sum() for name, term in terms.items()})
-    if moving := [name for name, leaf in leaves.items() if leaf.grad is not None]:
-        torch.autograd.backward([trunks[name][0] for name in moving], [leaves[name].grad for name in moving])
+@dataclass
+class Reporter:
+    """One dict of metrics, three readers: metrics.jsonl, wandb with --track, and the console.
+
+    A resumed run reports again what came after its checkpoint; wandb has it up to `tracked_step`.
+    """
+
+    log_path: pathlib.Path
+    phase: str
+    first_step: int
+    num_steps: int
+    hw: "Hardware"
+    wandb_run: object
+    tracked_step: int
+    start: float = field(default_factory=time.monotonic)
+
+    def report(self, step, kind, metrics):
+        if self.hw.rank > 0:
+            return
+        record = {"phase": self.phase, "step": step}
+        for name, value in metrics.items():
+            record[f"{kind}/{name}"] = float(value)  # here we wait for the device
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb_run is not None and step > self.tracked_step:
+            self.wandb_run.log(record, step=step)
+        if kind == "dev":
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            print_line(f"{self.phase} step {step}, dev: {shown}")
+            return
+        seconds = (time.monotonic() - self.start) / (step - self.first_step)
+        minutes_left = seconds * (self.num_steps - step) / 60
+        loss = record["train/student_loss"]
+        speed = record["train/tokens_per_s"]
+        line = (
+            f"{self.phase} step {step} of {self.num_steps}: loss {loss:.4f}, {speed:.0f} tokens/s"
+        )
+        print_line(f"{line}, {minutes_left:.1f} minutes left", passing=step < self.num_steps)
+
+
+def print_line(text, passing=False):
+    """On a terminal the next line overwrites a passing one; in a file every line stays."""
+    end = "\r" if passing and sys.stdout.isatty() else "\n"
+    print(text.ljust(79), end=end, flush=True)
+
+
+def is_best(record, best):
+    return best is None or record["rouge_l"] >= best["rouge_l"]
+
+
+def require_finite(metrics, names, phase):
+    """Raises UserError for a loss that is not finite: training could not mend it."""
+    for name in names:
+        value = float(metrics.get(name, 0.0))
+        if not math.isfinite(value):
+            raise UserError(
+                f"{phase}: the first {name} is {value}: some weights are not finite, or the "
+                "activations overflow (then --precision fp32 helps)"
+            )
+
+
+def trainable_weights(networks):
+    return {name: p.data for name, p in networks.named_parameters() if p.requires_grad}
+
+
+def copy_to_cpu(weights):
+    return {name: value.to("cpu", copy=True) for name, value in weights.items()}
+
+
+def save_checkpoint(run_dir, networks, stateful, state, best_weights):
+    """All that training changes; load_checkpoint undoes it."""
+    checkpoint = {
+        "weights": trainable_weights(networks),
+        "best_weights": best_weights,
+        "stateful": {name: item.state_dict() for name, item in stateful.items()},
+        "state": state,
+    }
+    sync(run_dir / "metrics.jsonl")  # or a power cut could leave it shorter than log_bytes
+    with whole_file(run_dir / "checkpoint.pt") as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(run_dir, networks, stateful):
+    """-> (state, best weights). Raises UserError when the checkpoint is damaged."""
+    path = run_dir / "checkpoint.pt"
+    classes = torch.serialization.safe_globals([TrainState, TextState, Example])
+    with explaining(f"{path} is damaged, so this run cannot be resumed"), classes:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        networks.load_state_dict(checkpoint["weights"], strict=False)
+        for name, item in stateful.items():
+            item.load_state_dict(checkpoint["stateful"][name])
+    return checkpoint["state"], checkpoint["best_weights"]
+
+
+def cut_log(path, size, hw):
+    """Cut metrics.jsonl to its size at the checkpoint, since what came later is reported again.
+
+    Returns the step of the last record before the cut, or -1. Raises UserError when records of the
+    time before the checkpoint are missing.
+    """
+    path.touch()
+    log = path.read_bytes()
+    hw.gather("read")  # a barrier
+    if len(log) < size:
+        raise UserError(f"{path} is shorter than at the last checkpoint: records were lost")
+    if hw.rank == 0:
+        os.truncate(path, size)
+    records = log.splitlines()
+    if not records:
+        return -1
+    return json.loads(records[-1])["step"]
+
+
+# -----------------------------------------------------------------------------
+# One micro-batch: two trunks, then heads and losses over chunks of tokens, then back
+
+LOGITS_PER_CHUNK = 2**23  # on a CPU: 32 MB in float32, which its cache nearly holds
+GPU_FACTOR = 8  # a chunk costs kernel launches, so a GPU gets larger ones,
+GPU_MIN_TOKENS = 1024  # and each costs a gradient of the whole head, however few its tokens
+
+
+class Trunk:
+    """One forward pass of a model without its head; the head then runs on a few tokens at a time.
+
+    Logits are by far the largest tensors: 4096 tokens of GPT-2's vocabulary take 0.8 GB in float32,
+    for each network, and again for log_softmax and for the gradient. So the loss of one chunk of
+    tokens at a time is backpropagated into `leaf`, a detached copy of the hidden states, and
+    `backward` sends the gradient collected there through the trunk, once. Nothing is recomputed.
+    """
+
+    def __init__(self, model, batch, hw, states=None):
+        if states is None:
+            # The weights of a frozen network are in hw.dtype already: autocast is only overhead.
+            frozen = not any(p.requires_grad for p in model.parameters())
+            with torch.autocast(hw.device.type, enabled=False) if frozen else hw.autocast():
+                # No attention mask: padding is on the right, where causal attention never looks.
+                output = decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
+            hidden = output.last_hidden_state.flatten(0, 1)  # (B * T, H)
+            states = hidden.index_select(0, batch.positions)  # (N, H), each predicts a label
+        self.hidden = states
+        self.leaf = states.detach().requires_grad_(states.requires_grad)
+        self.head = head_of(model)
+
+    def log_probs(self, chunk):
+        """(n, V) float32 log-probabilities of the labels in the slice `chunk`."""
+        hidden = self.leaf[chunk].unsqueeze(0)
+        logits = self.head(inputs_embeds=hidden, use_cache=False).logits.squeeze(0)
+        return logits.float().log_softmax(-1)
+
+    def backward(self):
+        if self.leaf.grad is not None:
+            self.hidden.backward(self.leaf.grad)
+
+
+def run_trunks(student, teacher, batch, hw, need_p0=False):
+    """Trunks of p, q and p_0: teacher, student, and the teacher with its module switched off."""
+    q = Trunk(student, batch, hw)
+    if teacher is None:  # supervised fine-tuning
+        return None, q, None
+    p = Trunk(teacher, batch, hw, batch.states)
+    if not need_p0:
+        return p, q, p
+    with torch.no_grad(), teacher.disable_adapter():
+        p0 = Trunk(teacher, batch, hw)
+    return p, q, p0
+
+
+def chunk_log_probs(trunks, chunk):
+    """(log_p, log_q, log_p0) of a few tokens, each (n, V)."""
+    p, q, p0 = trunks
+    log_q = q.log_probs(chunk)
+    if p is None:
+        return None, log_q, None
+    log_p = p.log_probs(chunk)
+    if p0 is p:
+        return log_p, log_q, log_p
+    return log_p, log_q, p0.log_probs(chunk)
+
+
+def split_into_chunks(num_tokens, model, hw):
+    size = LOGITS_PER_CHUNK // vocab_size(model)
+    if hw.device.type != "cpu":
+        size = max(size * GPU_FACTOR, GPU_MIN_TOKENS)
+    size = max(1, size)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def train_micro_batch(args, student, teacher, batch, hw, scaler, num_tokens, taid_t):
+    """Forward and backward of one micro-batch, for both networks. teacher is None for SFT.
+
+    Returns {name: sum over its tokens}, tensors on the device. num_tokens is that of the whole
+    batch, so that its split into micro-batches changes no gradient.
+    """
+    parameters = divergence_parameters(args, taid_t)
+    sums = {"student_loss": 0.0}
+    if args.teacher_moves:
+        sums["teacher_loss"] = 0.0
+    with hw.autocast():  # one region: the head's weight is cast once for all chunks
+        need_p0 = args.teacher_moves and args.anchor > 0
+        trunks = run_trunks(student, teacher, batch, hw, need_p0)
+        for chunk in split_into_chunks(len(batch.labels), student, hw):
+            log_p, log_q, log_p0 = chunk_log_probs(trunks, chunk)
+            labels = batch.labels[chunk]
+            loss = student_loss(
+                log_p,
+                log_q,
+                labels,
+                args.divergence,
+                parameters,
+                args.student_ce_weight,
+                args.temperature,
+            )
+            if len(batch.rollout) > 0:  # MiniLLM
+                advantage, sampled_log_q, weight = batch.rollout[chunk].unbind(1)
+                loss = loss + policy_loss(log_q, labels, advantage, sampled_log_q, weight)
+            loss = loss.sum()
+            sums["student_loss"] += loss.detach()
+            if args.teacher_moves:
+                loss_t = teacher_loss(
+                    log_p, log_q, log_p0, labels, args.alpha, args.anchor, args.temperature
+                ).sum()
+                sums["teacher_loss"] += loss_t.detach()
+                # Each loss detaches the other network, so one backward serves both.
+                loss = loss + loss_t
+            scaler.scale(loss / num_tokens).backward()
+
+    p, q, _ = trunks  # p_0 needs no backward
+    q.backward()
+    if p is not None:
+        p.backward()
     return sums
 
 
-# Whose text: the rows of one optimizer step; sampling is at temperature 1 from the whole distribution -----------------
-
-TEACHER_SHARE = 0.2  # of the mixture that MiniLLM samples from
-ROLLOUT_PASSES = 4  # MiniLLM's passes over its rollouts before new ones are sampled
-REPLAY_CAPACITY = 1000  # rows of DistiLLM's buffer; the oldest go first
-
-
-class Text:
-    """The rows that the losses are measured on, by `args.text`. What it changes is in `state`, which is saved."""
-
-    def __init__(self, args, student, teacher, rows, tokenizer, hw, steps, state):
-        self.args, self.student, self.teacher, self.rows, self.tokenizer = args, student, teacher, rows, tokenizer
-        self.hw, self.steps, self.state, self.size = hw, steps, state, min(args.batch_size, len(rows))
-        self.gold = functools.partial(batch_of, rows, self.size, args.seed)
-
-    def __call__(self, step):
-        """Gold text (or the teacher's, put in its place before), or with probability phi the student's. student: phi is
-        --sgo-fraction, the text fresh or from a replay buffer (Lin et al. 2020, ImitKD; Agarwal et al. 2023, GKD).
-        adaptive: phi grows, and fresh text gives way to replayed text (Ko et al. 2024, DistiLLM, algorithm 1).
-        mixture: rollouts of teacher and student mixed, gone through ROLLOUT_PASSES times (Gu et al. 2023, MiniLLM)."""
-        if self.args.text == "mixture":
-            per_pass = max(1, min(self.args.rollouts, len(self.rows)) // self.size)
-            round_, within = divmod(step, per_pass * ROLLOUT_PASSES)
-            if within == 0:
-                prompts = [row for i in range(per_pass) for row in self.gold(round_ * per_pass + i)]
-                self.state["rollouts"] = self.judged(self.answers(prompts, step, self.teacher))
-            return batch_of(self.state["rollouts"], self.size, f"{self.args.seed}, {round_}", within)
-        chance, rows = random.Random(f"{self.args.seed}, text of step {step}"), self.gold(step)
-        r, phi, adaptive = chance.random(), self.state["phi"], self.args.text == "adaptive"
-        if r >= phi or self.args.text in ("data", "teacher"):
-            return rows
-        fresh = not adaptive or len(self.state["replay"]) < REPLAY_CAPACITY or r < phi * (1 - step / self.steps)
-        if fresh:
-            rows = self.answers(rows, step)
-            self.state["replay"] = [*self.state["replay"], *rows][-REPLAY_CAPACITY:]
-        if fresh and (adaptive or self.args.sgo_source == "fresh"):
-            return rows
-        return chance.sample(self.state["replay"], min(self.size, len(self.state["replay"])))
-
-    def answers(self, rows, step, teacher=None):
-        """The student's own words (with a teacher: the mixture's) to the prompts of `rows`, as rows."""
-        args, start, prompts = self.args, time.perf_counter(), [row.prompt_ids for row in rows]
-        how = args.max_new_tokens, args.sample_batch_size, True, hash((args.seed, step)), teacher
-        ids = generate(self.student, self.tokenizer, prompts, self.hw, *how)
-        self.state["sampling_s"] += time.perf_counter() - start
-        return [row.answered(response, args.max_length) for row, response in zip(rows, ids)]
-
-    @torch.no_grad()
-    def judged(self, rows):
-        """Rollouts -> the same with advantage, log q and importance weight of every response token."""
-        rows, found = sorted(rows, key=len), []
-        keep = lambda p, q, _, labels, __: found.append([-cross_entropy(x, labels) for x in (p, q)]) or {}
-        for batch in micro_batches(rows, self.args, self.hw, share=False):
-            run_batch(self.student, self.teacher, batch, self.hw, keep)
-        (log_p, log_q), lengths = (torch.cat(log).cpu() for log in zip(*found)), [len(row.response_ids) for row in rows]
-        weight = (log_q - mix(log_p, log_q, TEACHER_SHARE)).exp()
-        returns = torch.cat([discounted_return(rewards) for rewards in (log_p - log_q).split(lengths)])
-        advantage = (returns - returns.mean()) / (returns.std(unbiased=False) + 1e-8)  # authors: padding, too
-        values = torch.stack([advantage, log_q, weight], dim=1).split(lengths)
-        return [replace(row, rollout=value.tolist()) for row, value in zip(rows, values)]
-
-    def validated(self, loss, patience=0.1, step=0.1):
-        """DistiLLM: phi grows when the validation loss is `patience` over its reference, which is then replaced."""
-        reference = self.state.setdefault("reference", loss)
-        if self.args.text == "adaptive" and loss >= reference + patience:
-            self.state |= dict(phi=min(1.0, self.state["phi"] + step), reference=loss)
-
-
-def discounted_return(rewards, gamma=0.95):
-    """(n,) rewards -> (n,) returns R_t = sum_{k >= t} gamma^(k - t) r_k / (n - t) of MiniLLM (paper: from t + 1 on)."""
-    ahead = torch.arange(len(rewards)) - torch.arange(len(rewards))[:, None]
-    return (gamma ** ahead.abs()).triu().to(rewards) @ rewards / torch.arange(len(rewards), 0, -1)
-
-
 @torch.no_grad()
-def generate(model, tokenizer, prompts, hw, new_tokens, batch_size=128, sample=False, seed=0, teacher=None, **options):
-    """Lists of prompt ids -> lists of response ids, in the same order; the end token, where one was written, is kept.
-    sample=True draws, with a teacher from TEACHER_SHARE p + (1 - TEACHER_SHARE) q. `options` go to GenerationConfig.
-    The processes share the prompts, and each gets all responses. Raises UserError for a prompt that leaves no room."""
-    longest = max(map(len, prompts))
-    room = min(positions(network) for network in (model, teacher) if network) - longest
-    refuse(room < 1, f"a prompt of {longest} tokens fills the positions of the model: no room for an answer")
-    options, stops = (dict(temperature=1.0, top_p=1.0, top_k=0) if sample else {}) | options, ends(tokenizer)
-    config = transformers.GenerationConfig(do_sample=sample, max_new_tokens=int(min(new_tokens, room)), **options,
-                                           eos_token_id=stops, pad_token_id=stops[0])  # fmt: skip
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # out of memory at once or never
-    order += order[:1] * (-len(order) % hw.world)  # as many for each process: a sharded network makes them wait
-    mine, answers = order[hw.rank :: hw.world], {}
-    torch.manual_seed(hash((seed, hw.rank)))
-    for rows in (mine[start : start + batch_size] for start in range(0, len(mine), batch_size)):
-        ids = pad_sequence([torch.tensor(prompts[i]) for i in rows], True, -1, "left").to(hw.device)
-        mask, ids = (ids >= 0).long(), ids.masked_fill(ids < 0, stops[0])
-        # generate() would fill what we leave open from the model's own file: repetition penalty, min_p, ...
-        with hw.autocast(), mock.patch.object(model, "generation_config", config):
-            output = model.generate(ids, config, [Mixture(teacher, mask)] if teacher else [], attention_mask=mask,
-                                    synced_gpus=isinstance(blocks_of(model)[0], FSDPModule))  # fmt: skip
-        for i, response in zip(rows, output[:, ids.size(1) :].tolist()):
-            answers[i] = response[: next((t + 1 for t, token in enumerate(response) if token in stops), None)]
-    answers = functools.reduce(dict.__or__, hw.gather(answers))
-    return [answers[i] for i in range(len(prompts))]
+def measure(student, teacher, rows, hw, max_tokens, need_p0=False, metrics=eval_metrics):
+    """{name: values of all response tokens, (N,)}, rows in the order of sorted(rows, key=len).
+
+    `metrics` maps (log_p, log_q, log_p0, labels) of some tokens to {name: (n,) values}. Every
+    process measures all rows.
+    """
+    parts = {}
+    for batch in micro_batches(rows, max_tokens, hw, share=False):
+        with hw.autocast():
+            trunks = run_trunks(student, teacher, batch, hw, need_p0)
+            for chunk in split_into_chunks(len(batch.labels), student, hw):
+                log_p, log_q, log_p0 = chunk_log_probs(trunks, chunk)
+                for name, values in metrics(log_p, log_q, log_p0, batch.labels[chunk]).items():
+                    parts.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
-class Mixture(transformers.LogitsProcessor):
-    """Mixes the teacher's next-token distribution into the student's; the teacher keeps a KV cache of its own."""
+def evaluate(args, student, teacher, rows, data, hw):
+    """Means per token of eval_metrics on the dev rows; with --select best, also Rouge-L."""
+    measured = measure(student, teacher, rows, hw, args.micro_batch_tokens, args.teacher_moves)
+    result = {name: values.mean().item() for name, values in measured.items()}
+    if args.select == "best":
+        result["rouge_l"] = score(args, student, rows, data, hw)
+    return result
 
-    def __init__(self, teacher, attention_mask):
-        self.teacher, self.mask, self.cache = teacher, attention_mask, None
 
-    def __call__(self, input_ids, scores):
-        new = slice(None if self.cache is None else -1, None)
-        self.mask = torch.nn.functional.pad(self.mask, (0, input_ids.size(1) - self.mask.size(1)), value=1)
-        places = (self.mask.cumsum(1) - 1).clamp_min(0)[:, new]
-        output = self.teacher(input_ids=input_ids[:, new], attention_mask=self.mask, position_ids=places,
-                              past_key_values=self.cache, use_cache=True, logits_to_keep=1)  # fmt: skip
-        self.cache = output.past_key_values
-        return mix(output.logits[:, -1].float().log_softmax(-1), scores.float().log_softmax(-1), TEACHER_SHARE)
+def score(args, model, rows, data, hw):
+    """Mean Rouge-L of greedy answers to the prompts of rows."""
+    prompts = [row.prompt_ids for row in rows]
+    responses = generate(
+        model, prompts, data.stop_ids, hw, args.max_new_tokens, args.sample_batch_size
+    )
+    answers = data.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    total = 0.0
+    for row, answer in zip(rows, answers, strict=True):
+        total += rouge_l(answer, row.references)
+    return total / len(rows)
+
+
+class Characters:
+    """Letters, marks and numbers of every script; rouge_score itself knows a to z and 0 to 9."""
+
+    def tokenize(self, text):
+        return [c for c in text.lower() if unicodedata.category(c)[0] in "LMN"]
+
+
+def on_characters(reference):
+    """Whether Rouge-L compares characters: when most of the reference's are not ASCII."""
+    found = Characters().tokenize(reference)
+    return sum(not c.isascii() for c in found) > len(found) / 2
 
 
 def rouge_l(prediction, references):
-    """Rouge-L F times 100, with the stemmer, the best over the references. Lin 2004; rouge-score's implementation."""
-    return 100 * RougeScorer(["rougeL"], use_stemmer=True).score_multi(references, prediction)["rougeL"].fmeasure
+    """F of Rouge-L times 100, with the stemmer, against the best reference. Lin 2004."""
+    scores = []
+    for reference in references:
+        tokenizer = Characters() if on_characters(reference) else None
+        scorer = RougeScorer(["rougeL"], use_stemmer=True, tokenizer=tokenizer)
+        scores.append(scorer.score(reference, prediction)["rougeL"].fmeasure)
+    return 100 * max(scores)
 
 
-def score(args, model, tokenizer, rows, hw):
-    """-> (mean Rouge-L of greedy answers, the answers)."""
-    prompts, size = [row.prompt_ids for row in rows], args.sample_batch_size
-    answers = tokenizer.batch_decode(generate(model, tokenizer, prompts, hw, args.max_new_tokens, size), True)
-    return sum(rouge_l(answer, row.references) for answer, row in zip(answers, rows)) / len(rows), answers
+# -----------------------------------------------------------------------------
+# The text that a step trains on (--text), one function for each source
+
+REPLAY_CAPACITY = 1000  # rows of DistiLLM's replay buffer, first in, first out
+NUM_ROLLOUTS = 256  # rows that MiniLLM samples at a time,
+ROLLOUT_PASSES = 4  # and its passes over them before new ones are sampled
 
 
-# Data: a JSON line becomes an Example; what counts as response is decided here, once ----------------------------------
+def select_rows(args, step, num_steps, train_rows, state, sampler):
+    """The rows of one optimizer step: a function of seed, step and state, so a resume is exact."""
+    batch_size = min(args.batch_size, len(train_rows))
+    if args.text == "mixture":
+        return minillm_text(args, step, batch_size, train_rows, state, sampler)
+    gold = batch_of(train_rows, batch_size, args.seed, step)
+    rng = random.Random(f"{args.seed}, text of step {step}")
+    if args.text == "student":
+        return student_text(gold, step, rng, state, sampler)
+    if args.text == "adaptive":
+        return adaptive_text(gold, step, num_steps, rng, state, sampler)
+    return gold  # with --text teacher, `main` has replaced the responses by the teacher's
 
-CHAT = dict(tokenize=False, enable_thinking=False)  # a model that could think first (Qwen3) is to answer at once
-ALPACA = ("Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
-          "\n\n### Instruction:\n{}\n\n{}### Response:\n")  # fmt: skip
+
+def batch_of(rows, batch_size, seed, step):
+    """The rows of batch number `step`: each epoch is a random permutation, a batch a slice of it.
+
+    What is left over at the end of an epoch is dropped, at random.
+    """
+    epoch, index = divmod(step, len(rows) // batch_size)
+    order = permutation(len(rows), f"{seed}, epoch {epoch}")
+    return [rows[i] for i in order[index * batch_size : (index + 1) * batch_size]]
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(size, seed):
+    return random.Random(seed).sample(range(size), size)
+
+
+def student_text(gold, step, rng, state, sampler):
+    """The student's own responses with probability phi: 1 in ImitKD, 0.5 in GKD.
+
+    Lin et al. 2020, arXiv:2009.07253; Agarwal et al. 2023, arXiv:2306.13649.
+    """
+    if rng.random() < state.phi:
+        return sampler.answer(gold, step)
+    return gold
+
+
+def adaptive_text(gold, step, num_steps, rng, state, sampler):
+    """Gold, fresh or replayed text; fresh text gives way to replay as training goes on.
+
+    Ko et al. 2024 (DistiLLM), arXiv:2402.03898, algorithm 1.
+    """
+    r = rng.random()
+    if r >= state.phi:
+        return gold
+    buffer_is_full = len(state.replay) >= REPLAY_CAPACITY
+    if buffer_is_full and r >= state.phi * (1 - step / num_steps):
+        return rng.sample(state.replay, len(gold))
+    fresh = sampler.answer(gold, step)
+    state.replay = (state.replay + fresh)[-REPLAY_CAPACITY:]
+    return fresh
+
+
+def raise_phi(state, dev_loss, patience=0.1, increment=0.1):
+    """DistiLLM: phi grows when the dev loss is `patience` above that of the last increase."""
+    if state.reference_loss is None:
+        state.reference_loss = dev_loss
+    if dev_loss >= state.reference_loss + patience:
+        state.phi = min(1.0, state.phi + increment)
+        state.reference_loss = dev_loss
+
+
+def minillm_text(args, step, batch_size, train_rows, state, sampler):
+    """Rollouts of the mixture, used for ROLLOUT_PASSES passes before new ones are sampled.
+
+    Gu et al. 2023 (MiniLLM), arXiv:2306.08543.
+    """
+    batches_per_pass = max(1, min(NUM_ROLLOUTS, len(train_rows)) // batch_size)
+    round_number, step_in_round = divmod(step, batches_per_pass * ROLLOUT_PASSES)
+    if step_in_round == 0:
+        rows = []
+        for i in range(batches_per_pass):
+            batch_number = round_number * batches_per_pass + i
+            rows += batch_of(train_rows, batch_size, args.seed, batch_number)
+        state.rollouts = sampler.rollout(rows, step)
+    return batch_of(state.rollouts, batch_size, f"{args.seed}, {round_number}", step_in_round)
+
+
+@dataclass
+class Sampler:
+    """Samples responses to the prompts of rows: the student's, or rollouts for MiniLLM."""
+
+    args: Args
+    state: TrainState
+    student: torch.nn.Module
+    teacher: torch.nn.Module
+    stop_ids: list[int]
+    hw: "Hardware"
+
+    def answer(self, rows, step, teacher=None):
+        """The same prompts with sampled responses; with a teacher, sampled from the mixture."""
+        start = time.perf_counter()
+        responses = generate(
+            self.student,
+            [row.prompt_ids for row in rows],
+            self.stop_ids,
+            self.hw,
+            self.args.max_new_tokens,
+            self.args.sample_batch_size,
+            do_sample=True,
+            seed=hash((self.args.seed, step)),
+            teacher=teacher,
+        )
+        self.state.sampling_seconds += time.perf_counter() - start
+        max_length = self.args.max_length
+        return [row.answered(ids, max_length) for row, ids in zip(rows, responses, strict=True)]
+
+    def rollout(self, rows, step):
+        """Samples of the mixture, with (advantage, log q, importance weight) of every token."""
+        rows = self.answer(rows, step, teacher=self.teacher)
+        rows.sort(key=len)  # the order in which micro_batches takes them
+        measured = measure(
+            self.student,
+            self.teacher,
+            rows,
+            self.hw,
+            self.args.micro_batch_tokens,
+            metrics=sampled_log_probs,
+        )
+        log_p = measured["log_p"].cpu()
+        log_q = measured["log_q"].cpu()
+
+        lengths = [len(row.response_ids) for row in rows]
+        rewards = (log_p - log_q).split(lengths)
+        returns = torch.cat([discounted_returns(rewards_of_row) for rewards_of_row in rewards])
+        # Whitened over response tokens; the authors' code counts padding, too.
+        advantages = (returns - returns.mean()) / (returns.std(unbiased=False) + 1e-8)
+        weights = (log_q - mix(log_p, log_q, TEACHER_SHARE)).exp()
+        rollouts = torch.stack([advantages, log_q, weights], dim=1).split(lengths)
+        return [replace(row, rollout=r.tolist()) for row, r in zip(rows, rollouts, strict=True)]
+
+
+def sampled_log_probs(log_p, log_q, log_p0, labels):
+    return {"log_p": -cross_entropy(log_p, labels), "log_q": -cross_entropy(log_q, labels)}
+
+
+def discounted_returns(rewards, gamma=0.95):
+    """(n,) r -> (n,) R_t = sum_{k >= t} gamma^(k - t) r_k / (n - t). The paper starts at t + 1."""
+    returns = []
+    running = 0.0
+    for tokens_left, reward in enumerate(reversed(rewards.tolist()), start=1):
+        running = reward + gamma * running
+        returns.append(running / tokens_left)
+    return torch.tensor(returns[::-1])
+
+
+# -----------------------------------------------------------------------------
+# Generation
+
+TEACHER_SHARE = 0.2  # of the mixture that MiniLLM samples from
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    stop_ids,
+    hw,
+    max_new_tokens=256,
+    batch_size=64,
+    do_sample=False,
+    seed=0,
+    teacher=None,
+    **options,
+):
+    """Prompts -> responses, both lists of token ids; a response includes its end token, if any.
+
+    do_sample samples at temperature 1 from the full distribution; with a teacher, from the mixture
+    of both. `options` go to GenerationConfig. The processes split the prompts; each gets all
+    responses. Raises UserError for a prompt that leaves no room in the model's positions.
+    """
+    if do_sample:
+        options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **options}
+    positions = max_positions(model.config)
+    if teacher is not None:
+        positions = min(positions, max_positions(teacher.config))
+    torch.manual_seed(hash((seed, hw.rank)))
+    # Longest prompts first: if the memory is too small, that shows at once.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    order += order[:1] * (-len(order) % hw.world)  # as many for each process
+    mine = order[hw.rank :: hw.world]
+    responses = {}
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
+        input_ids, mask = left_pad([prompts[i] for i in indices], stop_ids[0], hw.device)
+        room = positions - input_ids.size(1)
+        if room < 1:
+            raise UserError(f"a prompt of {input_ids.size(1)} tokens leaves no room for a response")
+        if room < max_new_tokens:
+            print_once(f"the longest prompts leave positions for only {room} new tokens")
+        config = transformers.GenerationConfig(
+            do_sample=do_sample,
+            max_new_tokens=min(max_new_tokens, room),
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+            **options,
+        )
+        processors = transformers.LogitsProcessorList()
+        if teacher is not None:
+            processors.append(TeacherMixture(teacher, mask))
+        with hw.autocast():
+            output = model.generate(
+                input_ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=processors,
+                synced_gpus=hw.world > 1,  # a sharded model runs in all processes or in none
+            )
+        new_tokens = output[:, input_ids.size(1) :].tolist()
+        for i, tokens in zip(indices, new_tokens, strict=True):
+            responses[i] = cut_after_end(tokens, stop_ids)
+
+    for part in hw.gather(responses):
+        responses.update(part)
+    return [responses[i] for i in range(len(prompts))]
+
+
+def left_pad(prompts, pad_id, device):
+    """Lists of ids -> (B, T) ids and attention mask; the new tokens follow on the right."""
+    length = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), length), pad_id)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return input_ids.to(device), mask.to(device)
+
+
+def cut_after_end(tokens, stop_ids):
+    """Drops the padding of a row that ended early: all behind its first end token."""
+    for position, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[: position + 1]
+    return tokens
+
+
+class TeacherMixture(transformers.LogitsProcessor):
+    """Turns the student's scores into log(0.2 p + 0.8 q). The teacher has a KV cache of its own."""
+
+    def __init__(self, teacher, mask):
+        self.teacher = teacher
+        self.mask = mask
+        self.cache = None
+
+    def __call__(self, input_ids, scores):
+        if self.cache is None:  # the whole prompt first, then one token at a time
+            new_ids = input_ids
+        else:
+            new_ids = input_ids[:, -1:]
+            self.mask = torch.cat([self.mask, torch.ones_like(new_ids)], dim=1)
+        position_ids = (self.mask.cumsum(dim=1) - 1).clamp_min(0)
+        output = self.teacher(
+            input_ids=new_ids,
+            attention_mask=self.mask,
+            position_ids=position_ids[:, -new_ids.size(1) :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = getattr(output, "past_key_values", None)
+        if self.cache is None:
+            raise UserError("--text mixture needs a teacher whose family has a KV cache")
+        log_p = output.logits[:, -1].float().log_softmax(-1)
+        log_q = scores.float().log_softmax(-1)
+        return mix(log_p, log_q, TEACHER_SHARE)
+
+
+@functools.cache
+def print_once(text):
+    print(text)
+
+
+# -----------------------------------------------------------------------------
+# Data: a JSON line becomes an Example. What is prompt and what is response is decided here
 
 
 @dataclass
 class Example:
+    """One prompt with its response."""
+
+    number: int  # line in its file, from 1
     prompt: str
     references: list[str]  # every valid response; the first is the one trained on
     prompt_ids: list[int]
-    response_ids: list[int]  # ends in an end token, unless it was cut to --max-length
-    rollout: list | None = None  # per response token: advantage, log q when sampled, importance weight
-    states: torch.Tensor | None = None  # of the teacher, from `with_states`
+    response_ids: list[int]  # ends in end_id, unless it was cut to --max-length
+    end_id: int
+    rollout: list | None = None  # MiniLLM, per response token: advantage, log q, importance weight
+    states: torch.Tensor | None = None  # --cache-teacher: the teacher's, (response tokens, H)
 
     def __len__(self):
         return len(self.prompt_ids) + len(self.response_ids)
 
     def answered(self, ids, max_length):
-        return replace(self, response_ids=ids[: max_length - len(self.prompt_ids)], rollout=None, states=None)
+        """The same prompt with another response, cut to max_length tokens in all."""
+        ids = ids[: max_length - len(self.prompt_ids)]
+        return replace(self, response_ids=ids, rollout=None, states=None)
 
 
-def read_row(row, tokenizer):
-    """A JSON object -> Example, or any error. Forms: instruction, input or context, output or response (by Alpaca's
-    template); prompt, response; messages that end in the assistant's (by the chat template). Outputs may be a list."""
-    end = tokenizer.eos_token_id
-    if chat := row.get("messages"):
-        if chat[-1]["role"] != "assistant":
-            raise ValueError("the last message is not the assistant's")
-        references, end = chat[-1]["content"], ends(tokenizer)[-1]
-        prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, **CHAT)
+@dataclass
+class Data:
+    """The rows of a run, and how they were encoded."""
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stop_ids: list[int] = field(default_factory=list)  # what ends a response
+    train: list[Example] = field(default_factory=list)
+    dev: list[Example] = field(default_factory=list)
+    test: list[Example] = field(default_factory=list)
+    test_lines: list[str] = field(default_factory=list)  # of --data, as they stand in the file
+    pretraining: list[Example] = field(default_factory=list)  # of the demo's teacher
+
+
+ALIASES = {
+    "conversations": "messages",
+    "context": "input",
+    "response": "output",
+    "completion": "output",
+}
+FORMS = {  # the field that decides the form: all that it reads
+    "messages": {"messages", "tools"},
+    "instruction": {"instruction", "input", "output"},
+    "prompt": {"prompt", "output"},
+}
+TEXTS = {"instruction", "input", "output", "tools", "system", "history"}  # read or refused
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+CLOCK = (  # a template that writes today's date would change the prompts overnight
+    "{% macro strftime_now(format) %}{{ format | replace('%Y', '2024') | replace('%m', '07')"
+    " | replace('%d', '26') | replace('%B', 'July') | replace('%b', 'Jul')"
+    " | replace('%A', 'Friday') | replace('%H', '12') | replace('%M', '00') }}{% endmacro %}\n"
+)
+
+
+def read_row(row, tokenizer, number=1):
+    """A row -> Example. Raises UserError when it cannot be read. The forms are
+
+    instruction, perhaps with input or context, and output: Alpaca's template;
+    prompt and output: the texts as they are;
+    messages, perhaps with tools, or ShareGPT's conversations, or TRL's prompt and completion as
+    lists of messages: the chat template. The last turn is the response, all others are context.
+
+    output may be called response or completion, and may be a list of valid texts. A text that
+    contains a control token (<|im_end|>) is read with that token, as transformers does.
+    """
+    with explaining("it cannot be read"):
+        prompt, responses, _ = parse_row(row)
+        if isinstance(prompt, list):
+            messages = prompt + responses
+            prompt, ids, response_ids = encode_chat(tokenizer, messages, row.get("tools") or None)
+            responses = [tokenizer.decode(response_ids, skip_special_tokens=True)]
+        else:
+            ids, response_ids = encode_pair(tokenizer, prompt, responses[0])
+            probe = tokenizer("a").input_ids
+            start = probe[: probe.index(encode(tokenizer, "a")[0])]  # what begins a text: BOS
+            if ids[: len(start)] != start:
+                ids = start + ids
+            if response_ids[-1:] != [tokenizer.eos_token_id]:
+                response_ids.append(tokenizer.eos_token_id)
+        return Example(number, prompt, responses, ids, response_ids, end_id=response_ids[-1])
+
+
+def parse_row(row):
+    """-> (prompt, responses, fields that are not read): texts, or for a chat messages."""
+    fields = {}
+    for name, value in row.items():
+        place = ALIASES.get(name, name)
+        if value in (None, "") or value != value:  # pandas writes NaN for nothing
+            continue
+        if place in fields:
+            raise UserError(f"{name} is a second {place}: keep one of them")
+        fields[place] = value
+    if isinstance(fields.get("prompt"), list):  # TRL
+        fields["messages"] = fields.pop("prompt") + fields.pop("output")
+    form = next((name for name in FORMS if name in fields), "prompt")
+    unread = fields.keys() - FORMS[form]
+    if unread & TEXTS:
+        raise UserError(
+            f"{min(unread & TEXTS)} has no place beside {form}: write one text "
+            "(context counts as input, response and completion as output)"
+        )
+    if form == "messages":
+        messages = [parse_message(turn) for turn in fields["messages"]]
+        return messages[:-1], messages[-1:], unread
+
+    responses = fields.pop("output", "")
+    if not isinstance(responses, list):
+        responses = [responses]
+    texts = {name: fields[name] for name in fields.keys() - unread}
+    with explaining("a field does not hold text"):
+        "".join([*texts.values(), *responses]).encode()
+    if form == "prompt":
+        return texts.get("prompt", ""), responses, unread
+    template = ALPACA_WITH_INPUT if "input" in texts else ALPACA
+    return template.format(**texts), responses, unread
+
+
+def parse_message(turn):
+    """OpenAI's or ShareGPT's turn -> a message with a known role and a text as content."""
+    role = turn.get("role", turn.get("from"))
+    role = SHAREGPT.get(role, role)
+    content = turn.get("content", turn.get("value"))
+    if role not in ROLES:
+        raise UserError(f"the role {role!r} is none of {', '.join(ROLES)}")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str) and (content is not None or not turn.get("tool_calls")):
+        raise UserError(f"content is {content!r}, not text")
+    return {**turn, "role": role, "content": content}
+
+
+def encode(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_pair(tokenizer, prompt, response):
+    """Encoded as one; apart where a token spans the border, since generation starts there."""
+    prompt_ids = encode(tokenizer, prompt)
+    ids = encode(tokenizer, prompt + response)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, ids[len(prompt_ids) :]
+    return prompt_ids, encode(tokenizer, response)
+
+
+def encode_chat(tokenizer, messages, tools=None):
+    """-> (rendered prompt, its ids, ids of the response: all that the template writes behind it).
+
+    The prompt asks for an answer without a thought (Qwen3), unless the row holds a thought.
+    """
+    template = tokenizer.get_chat_template(tools=tools)
+
+    def render(messages, **options):
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=CLOCK + template,
+            date_string="26 Jul 2024",
+            tokenize=False,
+            **options,
+        )
+
+    if messages[-1]["role"] != "assistant":
+        raise UserError("the last message is not the assistant's")
+    for message in messages:
+        if (tools or message.get("tool_calls")) and "tool_calls" not in template:
+            raise UserError("the chat template does not write tools")
+        if message["role"] == "developer" and "developer" not in template:
+            message["role"] = "system"
+    for options in ({"enable_thinking": False}, {}):
+        prompt = render(messages[:-1], add_generation_prompt=True, **options)
+        conversation = render(messages, **options)
+        if conversation.startswith(prompt):
+            break
     else:
-        context, instruction = row.get("input") or row.get("context"), row.get("instruction")
-        paired = ", paired with an input that provides further context" if context else ""
-        context = f"### Input:\n{context}\n\n" if context else ""
-        prompt = ALPACA.format(paired, instruction, context) if instruction else row["prompt"]
-        references = row["output"] if "output" in row else row["response"]
-    references = [references] if isinstance(references, str) else references
-    "".join([prompt, *references]).encode()  # TypeError for what is no text, UnicodeError for half a surrogate pair
-    prompt_ids = tokenizer(prompt, add_special_tokens=not chat).input_ids  # BOS for Llama, none for GPT-2
-    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not chat:
-        prompt_ids = prompt_ids[:-1]  # T5's tokenizers close every text
-    # Prompt and response are tokenised apart: BPE could merge across the border. The end is a target.
-    response_ids = tokenizer(references[0], add_special_tokens=False).input_ids
-    return Example(prompt, references, prompt_ids, [*response_ids, end])
+        raise UserError("the chat template renders the prompt otherwise than the conversation")
+    check_written(messages, conversation)
+
+    longer = ""
+    with contextlib.suppress(Exception):  # some templates refuse a user turn behind a tool call
+        longer = render([*messages, {"role": "user", "content": "?"}], **options)
+    prompt_ids, response_ids = encode_pair(tokenizer, prompt, conversation[len(prompt) :])
+    # commonprefix takes lists of ids, too
+    shared = os.path.commonprefix([prompt_ids + response_ids, encode(tokenizer, longer)])
+    turn = end_of_turn(tokenizer, response_ids, shared[len(prompt_ids) :])
+    return prompt, prompt_ids, turn
 
 
-def ends(tokenizer):
-    """Ids that end a response: EOS, and the special token by which the chat template ends a turn, if it is another."""
-    stops, turns = [tokenizer.eos_token_id], [dict(role="user", content="?"), dict(role="assistant", content="answer")]
-    with contextlib.suppress(Exception):  # no template, or one that refuses these turns: rows of chats will say so
-        after = tokenizer.apply_chat_template(turns, **CHAT).rpartition("answer")[2]
-        after, added = tokenizer(after, add_special_tokens=False).input_ids, tokenizer.added_tokens_decoder
-        stops += [token for token in after if token in added and added[token].special][:1]
-    return list(dict.fromkeys(stops))
+def check_written(messages, conversation):
+    """Raises UserError for what the template leaves out of the conversation; it may trim texts.
+
+    Not asked of earlier answers, whose thoughts are dropped on purpose, nor of a tool's JSON.
+    """
+    texts = [m["content"] for m in messages if m["role"] in ("system", "user")]
+    for name in ("content", "reasoning_content", "thinking", "reasoning"):
+        texts += re.split("</?think>", messages[-1].get(name) or "")
+    for text in texts:
+        if text.strip() not in conversation:
+            raise UserError(f"the chat template does not write {text.strip()[:60]!r}")
 
 
-def read_rows(source, lines, tokenizer, args):
-    """JSON lines -> Examples that can be trained on. Raises UserError for a malformed line, or when no row is left."""
-    rows, unread, longest = [], set(), min(args.max_prompt_length, args.max_length - 1)
-    for number, line in enumerate(lines, 1):
-        with blaming(f"{source}, line {number} needs instruction and output, prompt and response, or messages"):
-            if line.strip():
-                rows.append(read_row(row := json.loads(line), tokenizer))
-                unread |= row.keys() - {"instruction", "input", "context", "output", "prompt", "response", "messages"}
-    kept = [row.answered(row.response_ids, args.max_length) for row in rows
-            if 0 < len(row.prompt_ids) <= longest and len(row.response_ids) > 1]  # fmt: skip
-    if unread:
-        print(f"{source}: fields that are not read: {', '.join(sorted(unread))[:200]}")
-    if len(kept) < len(rows):
-        print(f"{source}: {len(kept)} of {len(rows)} rows kept; the others have no response, or no or a long prompt")
-    refuse(not kept, f"{source}: no usable row among {len(rows)}")
+def end_of_turn(tokenizer, response_ids, shared):
+    """The response up to the end of its turn, less white space behind its last added token.
+
+    shared: what stays when a user turn follows, so without what closes a whole conversation
+    (Phi-3: EOS behind <|end|>). It does not count when it lacks text (a thought, which templates
+    drop from earlier turns) or an end (gpt-oss ends the last turn alone in <|return|>).
+    """
+    whole = tokenizer.decode(response_ids, skip_special_tokens=True)
+    for ids in (shared, response_ids):
+        while ids and not tokenizer.decode(ids[-1:]).strip():
+            ids = ids[:-1]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if text.strip() == whole.strip() and set(ids[-1:]) & tokenizer.added_tokens_decoder.keys():
+            return ids
+    raise UserError("the chat template ends the response in no added token, such as EOS")
+
+
+def stop_ids(tokenizer, rows):
+    """The ids that end a response: EOS, and those in which the rows' responses end."""
+    ends = {row.end_id for row in rows} - {tokenizer.eos_token_id}
+    return [tokenizer.eos_token_id, *sorted(ends)]
+
+
+def read_line(source, number, line, tokenizer):
+    """A JSON line -> (row, Example). Raises UserError that names file and line."""
+    try:
+        with explaining("it is not a JSON object"):
+            row = dict(json.loads(line))
+        return row, read_row(row, tokenizer, number)
+    except UserError as error:
+        raise UserError(f"{source}, line {number}: {error}") from error
+
+
+def read_rows(source, lines, tokenizer, max_prompt_length, max_length):
+    """JSON lines -> Examples that can be trained on, cut to max_length tokens.
+
+    Prints what was dropped and why, which fields are not read, which turns are context. Raises
+    UserError for a line that cannot be read, or when no row is left.
+    """
+    longest = min(max_prompt_length, max_length - 1)
+    kept = []
+    notes = Counter()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row, example = read_line(source, number, line, tokenizer)
+        prompt, _, unread = parse_row(row)
+        for name in sorted(unread):
+            notes[f"with {name}, which is not read"] += 1
+        roles = [turn["role"] for turn in prompt if isinstance(turn, dict)]
+        notes["assistant turns are context"] += roles.count("assistant")
+        if not example.prompt_ids:
+            notes["dropped: no prompt"] += 1
+        elif not example.references[0].strip():
+            notes["dropped: no response"] += 1
+        elif len(example.prompt_ids) > longest:
+            kind = "conversation" if roles else "prompt"
+            notes[f"dropped: {kind} of over {longest} tokens (--max-prompt-length)"] += 1
+        else:
+            notes["cut to --max-length"] += len(example) > max_length
+            notes["compared by characters (Rouge-L)"] += on_characters(example.references[0])
+            kept.append(example.answered(example.response_ids, max_length))
+    summary = f"{source}: {len(kept)} rows"
+    for what, count in (+notes).items():  # those above 0
+        summary += f"; {count} {what}"
+    if not kept:
+        raise UserError(f"{summary}: needs instruction and output, prompt and response or messages")
+    print(summary)
     return kept
 
 
+def read_lines(path):
+    """A file -> its lines. Raises UserError for another format than JSONL."""
+    with explaining(f"cannot read {path}"):
+        content = pathlib.Path(path).read_bytes()
+    with explaining(f"{path} is in another format: make it JSONL, UTF-8 with one object a line"):
+        text = content.decode("utf-8-sig")
+        if text.lstrip()[:1] != "{" or "\0" in text:
+            raise ValueError(f"it begins with {text[:20]!r}")
+    return text.split("\n")
+
+
 def hub_lines(repo, file):
-    with blaming(f"cannot get {file} of the dataset {repo} from the hub: give --data, or set HF_HOME"):
-        return open(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset"), "rb").readlines()
+    with explaining(f"cannot get {file} of the dataset {repo}: give --data, or set HF_HOME"):
+        path = huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")
+    return read_lines(path)
 
 
-def load_data(args, tokenizer):
-    """-> {"train", "dev", "test"}: lists of Examples, and for the demo "pretraining"."""
-    read, data = functools.partial(read_rows, tokenizer=tokenizer, args=args), {}
-    if args.teacher == "demo":
-        rows = read("built-in tasks", map(json.dumps, demo_rows(5800, seed=0)))
-        data = dict(test=rows[:1200], dev=rows[1200:1400], train=rows[1400:1800], pretraining=rows[1800:])
-    if args.data:
-        with blaming(f"cannot read {args.data}"):
-            rows = read(args.data, open(args.data, "rb"))
-        random.Random(0).shuffle(rows)  # the same split for every seed
-        held_out = min(500, math.ceil(len(rows) / 20))  # each, for looks and for the score
-        test, dev, train_rows = rows[:held_out], rows[held_out : 2 * held_out], rows[2 * held_out :]
-        data |= dict(train=train_rows or rows, dev=dev or rows, test=test)
-    elif not data:  # the splits of the published results
-        raw, valid = (hub_lines("MiniLLM/dolly", file) for file in ("raw.jsonl", "valid.jsonl"))
-        parts = dict(train=raw[1000:], dev=raw[:1000], test=valid)
-        data = {name: read("MiniLLM/dolly", lines) for name, lines in parts.items()}
+def prompt_hash(line):
+    """By a row's prompt as it stands in the file: no tokenizer, no response, no other field."""
+    prompt, _, _ = parse_row(json.loads(line))
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
+
+
+def split_lines(lines):
+    """JSON lines -> {line number: "train", "dev" or "test"}, in the order of their hashes.
+
+    Dev and test that would be empty take the smallest hashes; the largest is always in train.
+    """
+    hashes = {n: prompt_hash(line) for n, line in enumerate(lines, start=1) if line.strip()}
+    order = sorted(set(hashes.values()))[:-1]
+    dev_end = max(1, sum(h < "0d" for h in order[:-1]))  # 13 of 256 hashes: 5 %
+    test_end = max(dev_end + 1, sum(h < "1a" for h in order))
+    parts = dict.fromkeys(order[:test_end], "test")
+    parts.update(dict.fromkeys(order[:dev_end], "dev"))
+    return {n: parts.get(hashes[n], "train") for n in sorted(hashes, key=hashes.get)}
+
+
+def load_data(teacher, source, tokenizer, max_prompt_length, max_length):
+    """-> Data: the rows of the JSONL file `source`; else of the demo for its teacher, or Dolly.
+
+    Of a file, dev and test rows are in the order of a hash: the first of them are a random sample.
+    """
+    data = Data(tokenizer)
+    limits = (tokenizer, max_prompt_length, max_length)
+    if teacher == "demo":
+        rows = read_rows("demo", map(json.dumps, demo_rows(5800, seed=0)), *limits)
+        data.test = rows[:1200]
+        data.dev = rows[1200:1400]
+        data.train = rows[1400:1800]
+        data.pretraining = rows[1800:]
+    elif source is None:  # split as in published results
+        rows = read_rows("Dolly", hub_lines("MiniLLM/dolly", "raw.jsonl"), *limits)
+        data.dev = [row for row in rows if row.number <= 1000]
+        data.train = [row for row in rows if row.number > 1000]
+        data.test = read_rows("Dolly, test", hub_lines("MiniLLM/dolly", "valid.jsonl"), *limits)
+    if source is not None:
+        lines = read_lines(source)
+        rows = {row.number: row for row in read_rows(source, lines, *limits)}
+        splits = {"train": [], "dev": [], "test": []}
+        for number, split in split_lines(lines).items():
+            if number in rows:
+                splits[split].append(rows[number])
+        data.train = splits["train"]
+        data.dev = splits["dev"]
+        data.test = splits["test"]
+        data.test_lines = [lines[row.number - 1] for row in data.test]
+    if not data.train:
+        raise UserError(f"{source}: no row is left to train on")
+    data.stop_ids = stop_ids(tokenizer, data.train + data.dev + data.test)
     return data
 
 
+DEMO_TASKS = (  # prompt | three ways to answer
+    "shout {a}\n|{loud}!|{loud}|we shout {loud}",
+    "double {a}\n|{a} {a}|{a} and {a}|twice: {a} {a}",
+    "spell {a}\n|{dashed}|{spaced}|letters {spaced}",
+    "first of {a}, {b}\n|{a}|it is {a}|the first is {a}",
+    "swap {a}, {b}\n|{b}, {a}|{b} then {a}|{b} before {a}",
+    "larger of {pair}\n|{y}|it is {y}|{y} is larger",
+)
+
+
+def demo_word(rng):
+    length = rng.choice((1, 2, 2))
+    return "".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(length))
+
+
 def demo_rows(count, seed):
-    """Six tasks on made-up words, no prompt twice; wordings drawn 6 : 3 : 2, so that there is more than an argmax."""
-    rng, rows = random.Random(seed), {}
-    syllable = lambda: rng.choice("bdfgklmnprst") + rng.choice("aeiou")
+    """Rows of six tasks on made-up words, no prompt twice; wordings are drawn 6 : 3 : 2."""
+    rng = random.Random(seed)
+    rows = {}
     while len(rows) < count:
-        a, b = ("".join(syllable() for _ in range(rng.choice((1, 2, 2)))) for _ in "ab")
+        a = demo_word(rng)
+        b = demo_word(rng)
         x, y = sorted(rng.sample(range(10, 100), 2))
-        prompt, *answers = rng.choice((
-            (f"shout {a}", f"{a.upper()}!", a.upper(), f"we shout {a.upper()}"),
-            (f"double {a}", f"{a} {a}", f"{a} and {a}", f"twice: {a} {a}"),
-            (f"spell {a}", "-".join(a), " ".join(a), "letters " + " ".join(a)),
-            (f"first of {a}, {b}", a, f"it is {a}", f"the first is {a}"),
-            (f"swap {a}, {b}", f"{b}, {a}", f"{b} then {a}", f"{b} before {a}"),
-            (f"larger of {rng.choice((f'{x}, {y}', f'{y}, {x}'))}", f"{y}", f"it is {y}", f"{y} is larger"),
-        ))  # fmt: skip
-        answers.sort(key=rng.choices(answers, weights=(6, 3, 2))[0].__ne__)  # the drawn one first
-        rows.setdefault(prompt, {"prompt": prompt + "\n", "response": answers})
+        pair = rng.choice((f"{x}, {y}", f"{y}, {x}"))
+        words = {"loud": a.upper(), "dashed": "-".join(a), "spaced": " ".join(a)}
+        task = rng.choice(DEMO_TASKS).format(a=a, b=b, y=y, pair=pair, **words)
+        prompt, *answers = task.split("|")
+        drawn = rng.choices(answers, weights=(6, 3, 2))[0]
+        answers.remove(drawn)
+        rows.setdefault(prompt, {"prompt": prompt, "response": [drawn, *answers]})
     return list(rows.values())
+
+
+def demo_tokenizer():
+    """Bytes as ids 0 to 255, and EOS. It adds nothing to a text."""
+    vocab = {character: byte for byte, character in bytes_to_unicode().items()}
+    return transformers.GPT2Tokenizer(vocab=vocab, merges=[])
+
+
+def load_tokenizer(name):
+    if name == "demo":
+        return demo_tokenizer()
+    with explaining(f"cannot load the tokenizer of {name}: give a folder or a hub id, set HF_HOME"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no EOS token, so no response could end")
+    return tokenizer
+
+
+def one_tokenizer(teacher, student):
+    """The teacher's, for both. UserError when more than EOS and reserved tokens differ."""
+    different = teacher.get_vocab().items() ^ student.get_vocab().items()
+    added = [*teacher.added_tokens_decoder.items(), *student.added_tokens_decoder.items()]
+    reserved = {token_id for token_id, token in added if token.special}
+    ordinary = sorted({token for token, token_id in different if token_id not in reserved})
+    if ordinary:
+        raise UserError(f"teacher and student differ in tokens, such as {ordinary[:5]}")
+    if different or teacher.eos_token != student.eos_token:
+        print(f"both use the teacher's tokenizer; the student's had EOS {student.eos_token}")
+    return teacher
+
+
+# -----------------------------------------------------------------------------
+# Batches
 
 
 class Batch(NamedTuple):
     input_ids: torch.Tensor  # (B, T), right-padded to the longest row
-    positions: torch.Tensor  # (N,) indices into B * T of the tokens that are followed by a response token
+    positions: torch.Tensor  # (N,) indices into B * T of the tokens before a response token
     labels: torch.Tensor  # (N,) those response tokens, row by row: shifted here and nowhere else
-    rollout: torch.Tensor  # (N, 3) of sampled rows, empty for others
-    states: torch.Tensor | None = None  # of the teacher, where they were kept: (N, H) or (B, T, H)
+    rollout: torch.Tensor  # (N, 3) of MiniLLM's rollouts, empty for other text
+    states: torch.Tensor | None = None  # (N, H) of the teacher, with --cache-teacher
 
 
 def collate(rows, device):
-    """Examples -> Batch. Everything comes from lengths, nothing from ids: pad may be EOS, and EOS is a target."""
-    input_ids = pad_sequence([torch.tensor(row.prompt_ids + row.response_ids) for row in rows], True)
-    response = pad_sequence([torch.arange(len(row)) >= len(row.prompt_ids) for row in rows], True)
-    rollout, states = [values for row in rows for values in row.rollout or ()], [row.states for row in rows]
-    tensors = [input_ids, response.flatten().nonzero().squeeze(1) - 1, input_ids[response], torch.tensor(rollout)]
-    if states[0] is not None:  # of all positions, or of those with a label
-        tensors.append(pad_sequence(states, True) if len(states[0]) == len(rows[0]) else torch.cat(states))
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+    """Examples -> Batch. Masks come from lengths, not from ids: padding may be EOS, a target."""
+    rows_ids = [torch.tensor(row.prompt_ids + row.response_ids) for row in rows]
+    in_response = [torch.arange(len(row)) >= len(row.prompt_ids) for row in rows]
+    input_ids = pad_sequence(rows_ids, batch_first=True)
+    in_response = pad_sequence(in_response, batch_first=True)
+    positions = in_response.flatten().nonzero().squeeze(1) - 1
+    labels = input_ids[in_response]
+    rollout = torch.tensor([values for row in rows for values in row.rollout or []])
+    tensors = [input_ids, positions, labels, rollout]
+    if rows[0].states is not None:
+        tensors.append(torch.cat([row.states for row in rows]))
+    return Batch(*[tensor.to(device, non_blocking=True) for tensor in tensors])
 
 
-def batch_of(rows, size, seed, step, window=16):
-    """The rows of optimizer step number `step`: a pure function, so a run can go on anywhere. Each epoch shuffles anew;
-    within windows of 16 batches rows are sorted by length, so that little is padded; then the batches are shuffled."""
-    number, within = divmod(step, len(rows) // size)
-    order, batches = shuffles(len(rows), size, f"{seed}, epoch {number}")
-    start, place = (batches[within] // window) * window * size, (batches[within] % window) * size
-    return sorted((rows[i] for i in order[start : start + window * size]), key=len)[place : place + size]
+def micro_batches(rows, max_tokens, hw, share=True):
+    """Yield Batches of at most max_tokens with padding, or of one row; short rows come first.
 
-
-@functools.lru_cache(maxsize=2)
-def shuffles(rows, size, seed):  # the rows left over at its end wait for the next epoch
-    rng, batches = random.Random(seed), rows // size
-    return rng.sample(range(rows), batches * size), rng.sample(range(batches), batches)
-
-
-def micro_batches(rows, args, hw, share=True):
-    """Batches of like rows, of at most --micro-batch-tokens with padding or one row. share: of this process's part."""
-    rows, (rank, world), pieces = sorted(rows, key=len), (hw.rank, hw.world) if share else (0, 1), [[]]
-    assert len(rows) % world == 0, "as many rows for each process, since the loss counts the tokens of all"
-    for row, longest in zip(rows[rank::world], rows[world - 1 :: world]):
-        if pieces[-1] and (len(pieces[-1]) + 1) * len(longest) > args.micro_batch_tokens:
+    Little is padded: a piece that has 512 tokens takes no row 1.5 times as long as its shortest.
+    With share, each process gets its part of the rows, in equally many pieces. Raises ValueError
+    when the processes cannot share the rows evenly: a loss counts the tokens of all.
+    """
+    rows = sorted(rows, key=len)
+    rank = hw.rank if share else 0
+    world = hw.world if share else 1
+    if len(rows) % world > 0:
+        raise ValueError(f"{world} processes cannot share {len(rows)} rows")
+    pieces = []
+    shortest = 0
+    tokens = 0
+    # All processes cut alike, by the longest of the rows that they take at the same time.
+    for row, longest in zip(rows[rank::world], rows[world - 1 :: world], strict=True):
+        length = len(longest)
+        uneven = length > 1.5 * shortest and tokens >= 512
+        if not pieces or uneven or (len(pieces[-1]) + 1) * length > max_tokens:
             pieces.append([])
+            shortest = length
+            tokens = 0
         pieces[-1].append(row)
-    return (collate(piece, hw.device) for piece in pieces)
-
-
-# Models ---------------------------------------------------------------------------------------------------------------
-
-positions = lambda model: getattr(model.config, "max_position_embeddings", None) or math.inf  # of prompt and response
-blocks_of = lambda model: max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-lowest_lora = lambda model: min(model.peft_config["default"].layers_to_transform)  # below, nothing moves
-
-
-def load_tokenizer(name, args):
-    if name == "demo":
-        return transformers.ByT5Tokenizer()  # bytes: nothing to download
-    with blaming(f"cannot load the tokenizer of {name}: give a local model folder or a hub id, or set HF_HOME"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        refuse(tokenizer.eos_token_id is None, f"the tokenizer of {name} has no EOS token, so no response could end")
-        return tokenizer
-
-
-def one_tokenizer(ours, theirs):
-    """The teacher's tokenizer, for both. Raises UserError when more than EOS and reserved tokens differ."""
-    differ = ours.get_vocab().items() ^ theirs.get_vocab().items()
-    reserved = {i for each in (ours, theirs) for i, token in each.added_tokens_decoder.items() if token.special}
-    ordinary = sorted({token for token, number in differ if number not in reserved})
-    refuse(ordinary, f"different tokenizers: {len(ordinary)} tokens of teacher and student differ, as {ordinary[:5]}")
-    if differ or ours.eos_token != theirs.eos_token:
-        print(f"the student gets the teacher's tokenizer: EOS is {ours.eos_token} and was {theirs.eos_token}, "
-              f"{len(dict(differ))} reserved tokens differ")  # fmt: skip
-    return ours
-
-
-def load_model(name, role, args, dtype, hw=None, dropout=True):
-    """Hub id, local folder or "demo" -> causal LM in `dtype`, on the CPU; with `hw` as --teacher-quant says."""
-    if name == "demo":
-        torch.manual_seed(0)
-        width, layers = (128, 3) if role == "teacher" else (64, 2)
-        config = transformers.GPT2Config(vocab_size=384, n_positions=256, n_embd=width, n_layer=layers, n_head=4,
-                                         bos_token_id=1, eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0,
-                                         attn_pdrop=0.0, activation_function="gelu_pytorch_tanh")  # fmt: skip
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    with blaming(f"cannot load the {role} {name}: give a local folder with *.safetensors or a hub id, or set HF_HOME"):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-        if not dropout:
-            config.update({k: 0.0 for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)})
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel instead of eight
-        options = dict(config=config, dtype=dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True)
-        if args.teacher_quant and hw:  # with 8bit nobody reads what begins with bnb_4bit
-            bnb = {f"load_in_{args.teacher_quant}": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-            options |= dict(quantization_config=transformers.BitsAndBytesConfig(**bnb), device_map={"": hw.device})
-        return transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval()
-
-
-def save_model(model, tokenizer, path):
-    """A folder for from_pretrained; the generation_config that the model came with then stops where we do."""
-    model.save_pretrained(path), tokenizer.save_pretrained(path)
-    model.generation_config.eos_token_id = ends(tokenizer)
-    (path / "generation_config.json").write_text(model.generation_config.to_json_string())
-
-
-def add_lora(model, args, top, seed):
-    """Eq. 15: LoRA on the layers that --lora-targets names, in the top blocks (0: all). B starts at 0: p_f = p_0."""
-    blocks, linear = blocks_of(model), (torch.nn.Linear, transformers.Conv1D)
-    refuse(top > len(blocks), f"--lora-top-layers {top}: the teacher has only {len(blocks)} layers")
-    names = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if isinstance(module, linear)})
-    targets = {"auto": None, "all-linear": names}.get(args.lora_targets, args.lora_targets.split(","))
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_scale * args.lora_rank,
-                             target_modules=targets, layers_to_transform=[*range(len(blocks))][-top:])  # fmt: skip
-    misfit = f"--lora-targets {args.lora_targets} does not fit: name some of {', '.join(names)}"
-    refuse(not set(targets or ()) <= set(names), misfit)  # nor the head: p_0 would have it, too
-    torch.manual_seed(seed)
-    with blaming(misfit):  # auto, of a family that peft's table lacks
-        return peft.get_peft_model(model, config).eval()
-
-
-def place(model, hw, shard=False):
-    """The model on its device. shard: its blocks' frozen weights are split over the processes, whole while they run."""
-    for block in blocks_of(model) if shard else ():  # LoRA stays plain, for optimizer, clipping and checkpoints
-        fully_shard(block, ignored_params={p for p in block.parameters() if p.requires_grad})
-    return model if getattr(model, "is_quantized", False) else model.to(hw.device)  # that one was loaded there
-
-
-def fine_tuned(args, dev, tokenizer, hw, folder, role, source, rows, epochs, lr, lora):
-    """Fine-tune the model at `source` on gold text, once for all runs. -> {role: where it is kept, role_s: seconds}."""
-    if epochs == 0:
-        return {role: source, f"{role}_s": 0.0}
-    sft = replace(args, **METHODS["sft"], method="sft", seed=0, epochs=epochs, lr=lr, select="last")
-    recipe = "epochs lr max_steps batch_size weight_decay max_grad_norm precision".split()
-    recipe += "lora_rank lora_scale lora_targets teacher_quant".split() if lora else []
-    kept = cache_path(args, role, source, [lora, *(getattr(sft, flag) for flag in recipe)], rows, hw)
-    if hw.gather(kept.exists())[0]:
-        print(f"{role}: fine-tuned before, kept in {kept}")
-        return {role: str(kept), f"{role}_s": 0.0}
-    work = folder / f"sft-{kept.name}"  # one for each recipe, so that a resume never takes one training for another
-    model = load_model(source, role, args, hw.dtype if lora else torch.float32, hw if lora else None)
-    model = place(add_lora(model, args, 0, seed=0) if lora else model, hw, shard=args.shard and lora)
-    seconds = train(sft, model, None, dict(train=rows), tokenizer, hw, work, phase=f"{role}_sft")["seconds"]
-    gold_ce = lambda model: evaluate(sft, model, model, dev, tokenizer, hw)["student_ce"]
-    before = gold_ce(model) if lora else None
-    if lora and hw.rank == 0:  # into a fresh copy, for this one may be sharded or quantized; in float32, rounded once
-        model.save_pretrained(work)
-        model = peft.PeftModel.from_pretrained(load_model(source, role, args, torch.float32), work)
-        model = place(model.merge_and_unload(), hw)
-        for weight in model.parameters():  # buffers, such as rotary frequencies, are float32 in every model
-            weight.data = weight.data.to(hw.dtype)
-        print(f"{role}: CE on dev rows {before:.4f} with LoRA, {gold_ce(model):.4f} merged")
-    write_whole(kept, functools.partial(save_model, model, tokenizer), hw)
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
-    return {role: str(kept), f"{role}_s": seconds}
-
-
-def cache_path(args, what, source, recipe, rows, hw):
-    """Where --cache-dir keeps what model, recipe, rows and machine determine."""
-    key = what, fingerprint(source), recipe, [(row.prompt_ids, row.response_ids) for row in rows], hw.device.type
-    digest = hashlib.sha256(json.dumps([key, torch.__version__, transformers.__version__]).encode()).hexdigest()[:12]
-    folder = pathlib.Path(args.cache_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{what}-{pathlib.PurePath(source).name}-{digest}"
-
-
-def fingerprint(source):
-    """A local model by its content, the size and every so many bytes of each weight file; another by its name."""
-    files = ((str(path), path.stat().st_size) for path in sorted(pathlib.Path(source).glob("*.safetensors")))
-    read = functools.partial(torch.from_file, dtype=torch.uint8)
-    return [[size, read(path, size=size)[:: size // 2**16 + 1].tolist()] for path, size in files] or source
-
-
-def teacher_text(args, teacher, rows, tokenizer, hw, folder):
-    """The rows with the teacher's sampled answers in place of the gold ones (SeqKD), written once a run."""
-    kept, prompts = folder / "teacher_text.json", [row.prompt_ids for row in rows]
-    if not hw.gather(kept.exists())[0]:
-        refuse((folder / "checkpoints").exists(), f"{kept}, which this run trains on, is gone: begin another")
-        ids = generate(teacher, tokenizer, prompts, hw, args.max_new_tokens, args.sample_batch_size, True, args.seed)
-        write_whole(kept, lambda path: path.write_text(json.dumps(ids)), hw)
-    return [row.answered(ids, args.max_length) for row, ids in zip(rows, json.loads(kept.read_text()))]
+        tokens += length
+    for piece in pieces:
+        yield collate(piece, hw.device)
 
 
 @torch.no_grad()
-def with_states(args, teacher, source, rows, hw):
-    """--cache-teacher: the rows with views of a memory-mapped file of teacher states that never change: of a frozen
-    teacher the last (n, H) of the response, which leaves its head to run; of a moving one the (T, H) that enter the
-    lowest block with LoRA, which leaves those above. Raises UserError when it can't, or is wrong."""
-    order, cut = sorted(rows, key=len), lowest_lora(teacher) if args.teacher_moves else None  # None: it is frozen
-    refuse(cut == 0, "--cache-teacher needs --lora-top-layers: below a module on all layers there is nothing to keep")
+def cache_states(teacher, rows, hw):
+    """Give each row its frozen teacher's last hidden states, (response tokens, H).
 
-    def states(part):
-        entering, watched = [], blocks_of(teacher)[cut or 0]
-        with hw.autocast(), watched.register_forward_pre_hook(lambda _, given: entering.extend(given[0])):
-            last = trunk(teacher, collate(part, hw.device))[0]
-        return (last if cut is None else torch.cat([x[: len(row)] for x, row in zip(entering, part)])).to(hw.dtype)
+    They are computed once, in an order and in micro-batches that depend on the rows alone, so that
+    a resumed run computes the same bits, and kept in host memory: one tensor, a view per row. Under
+    torchrun every process holds all of them.
+    """
+    rows = sorted(rows, key=len)
+    lengths = [len(row.response_ids) for row in rows]
+    states = None
+    start = 0
+    for batch in micro_batches(rows, 4096, hw, share=False):
+        part = Trunk(teacher, batch, hw).hidden
+        if states is None:
+            size = (sum(lengths), part.size(1))
+            states = torch.empty(size, dtype=hw.dtype, pin_memory=hw.device.type == "cuda")
+        states[start : start + len(part)] = part
+        start += len(part)
+    for row, view in zip(rows, states.split(lengths), strict=True):
+        row.states = view
 
-    def fill(temporary):
-        size = max(1, args.micro_batch_tokens // len(order[-1]))
-        with open(temporary, "wb") as file:
-            for start in tqdm(range(0, len(order), size), "teacher's states", disable=None):
-                file.write(states(order[start : start + size]).cpu().view(torch.uint8).numpy())
 
-    probe, lengths = states(order[:8]), [len(row.response_ids) if cut is None else len(row) for row in order]
-    shape = sum(lengths), probe.size(-1)
-    path = cache_path(args, "states", source, [cut, str(hw.dtype), args.teacher_quant], order, hw)
+# -----------------------------------------------------------------------------
+# Models
+
+WHERE_MODELS_ARE = "give a local folder with *.safetensors, or a hub id, or set HF_HOME"
+# Their logits change with padding on the left of a prompt (most), look at later tokens (xlm, xlnet,
+# prophetnet), or blocks share weights, so that a merge adds LoRA several times (zamba).
+UNSUPPORTED = (
+    "bart bigbird_pegasus blenderbot blenderbot-small deepseek_v4 marian mbart mvp pegasus plbart "
+    "prophetnet recurrent_gemma rwkv trocr whisper xlm xlnet xlstm zamba zamba2"
+)
+
+
+def load_model(name, role, dtype):
+    """Hub id, local folder or "demo" -> causal language model on the CPU, in eval mode.
+
+    An adapter is merged onto its base. Raises UserError unless every weight is found.
+    """
+    with explaining(f"cannot load the {role} {name}: {WHERE_MODELS_ARE}"):
+        base = base_of(name)
+        if base:
+            return merge_adapter(load_model(base, role, torch.float32), name, dtype)
+        config = load_config(name, role)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
+        if name == "demo":
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = load_weights(name, config, dtype)
+    if role == "student" and not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(f"no weight of the student {name} can be trained")
+    model.own_generation_config = model.generation_config  # written by save_model
+    model.generation_config = transformers.GenerationConfig()
+    return model.eval()
+
+
+def load_weights(name, config, dtype):
+    """from_pretrained alone would give random numbers to the weights that the files lack."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        name,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are reported
+    )
+    missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        print(f"{name}: {len(unused)} weights have no place in the model, as {unused[:3]}")
+    if missing:
+        raise UserError(f"{name} lacks {len(missing)} weights of its model, as {missing[:3]}")
+    return model
+
+
+def base_of(name):
+    """The model that an adapter was trained on; None where `name` is no adapter."""
+    if name == "demo" or find_adapter_config_file(name) is None:
+        return None
+    if list(pathlib.Path(name).glob("model*.safetensors")):
+        raise UserError(
+            f"{name} holds both whole weights and an adapter: delete one of the two, or merge them "
+            "by peft's merge_and_unload() and save the result"
+        )
+    base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise UserError(f"adapter_config.json in {name} has no base_model_name_or_path")
+    return base
+
+
+def merge_adapter(model, folder, dtype):
+    """Merges an adapter into a float32 model on the CPU, then casts the model to dtype."""
+    model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))
+    report = model.load_adapter(folder, "default", torch_device="cpu")
+    wrong = report.missing_keys + report.unexpected_keys
+    if wrong:
+        raise UserError(f"the adapter {folder} does not fit its base model, as {wrong[:3]}")
+    return cast(model.merge_and_unload().requires_grad_(True), dtype)
+
+
+def cast(model, dtype):
+    """Casts the weights in place; not the buffers: rotary frequencies stay float32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
+def save_model(model, tokenizer, folder, stop_ids):
+    """Writes a folder for from_pretrained.
+
+    generation_config.json is the one that the model came with, but stops at stop_ids.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    generation_config = model.own_generation_config
+    generation_config.eos_token_id = stop_ids
+    path = pathlib.Path(folder, "generation_config.json")
+    path.write_text(generation_config.to_json_string())  # save_pretrained refuses some of the hub's
+
+
+def load_config(name, role):
+    """The config of a model; an adapter has its base model's."""
+    if name == "demo":
+        return demo_config(role)
+    # generate() fails in models that also return their routers' logits.
+    return transformers.AutoConfig.from_pretrained(
+        base_of(name) or name, output_router_logits=False
+    )
+
+
+def demo_config(role):
+    """GPT-2 over 256 bytes and an end token."""
+    width, num_layers = (128, 3) if role == "teacher" else (64, 2)
+    return transformers.GPT2Config(
+        vocab_size=257,
+        n_positions=256,
+        n_embd=width,
+        n_layer=num_layers,
+        n_head=4,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=256,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+
+
+def check_fits(name, role, rows, tokenizer, max_length):
+    """Raises UserError where rows do not fit a model. Reads its config, not its weights."""
+    with explaining(f"cannot load the {role} {name}: {WHERE_MODELS_ARE}"):
+        config = load_config(name, role).get_text_config(decoder=True)
+        num_tokens = config.vocab_size
+    if config.model_type in UNSUPPORTED.split():
+        raise UserError(f"the {role} {name} is a {config.model_type}, which okd cannot train")
+    if max_length > max_positions(config):
+        raise UserError(f"--max-length {max_length} is beyond the last position of {role} {name}")
+    largest = max(max(row.prompt_ids + row.response_ids) for row in rows)
+    if largest >= num_tokens:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"token {token!r} of the data has number {largest}, but the {role} {name} knows only "
+            f"{num_tokens}: resize its embeddings, or use the tokenizer that it came with"
+        )
+
+
+def max_positions(config):
+    """Most tokens of prompt and response together; infinite where a family has no limit."""
+    config = config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", math.inf)
+
+
+def vocab_size(model):
+    """Rows of the head, which may be more than the tokenizer's tokens."""
+    return model.get_output_embeddings().weight.size(0)
+
+
+def decoder_of(model):
+    """The module from token ids to last hidden states: the one that holds the blocks.
+
+    get_decoder() is another module for some families (Llama 4, ModernBERT).
+    """
+    model_type = model.config.get_text_config(decoder=True).model_type
+    for module in model.modules():
+        is_model = isinstance(module, transformers.PreTrainedModel)
+        if is_model and module.config.model_type == model_type and module_lists(module):
+            return module
+    raise UserError(f"okd cannot train a {model_type}: it finds no decoder with a list of blocks")
+
+
+def blocks_of(model):
+    """The ModuleList of the decoder's blocks, the lowest first."""
+    return max(module_lists(decoder_of(model)), key=len)
+
+
+def module_lists(module):
+    return [child for child in module.children() if isinstance(child, torch.nn.ModuleList)]
+
+
+class Decoded(BaseModelOutputWithPast):
+    """A decoder's output. Whatever else a family's head reads (router logits, ...) is None."""
+
+    def __getattr__(self, name):
+        return None
+
+
+def given_states(*_, inputs_embeds=None, **__):
+    """A decoder's forward that returns the hidden states that it is given."""
+    return Decoded(last_hidden_state=inputs_embeds)
+
+
+def head_of(model):
+    """What the model does after its decoder, as a module that shares the model's parameters.
+
+    head(inputs_embeds=states[None], use_cache=False).logits is (1, n, V) for states (n, H). It is
+    the family's own forward with a stand-in for the decoder, so that tied weights, scales and soft
+    caps are right for every family. Only the modules on the path to the decoder are copied: it
+    takes 0.1 ms, so every micro-batch makes its own, and none is stale after a resize or LoRA.
+    """
+    if isinstance(model, peft.PeftModel):
+        model = model.get_base_model()  # LoRA never sits on the head
+    decoder = decoder_of(model)
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    head = shallow_copy(model)
+    parent = head
+    for name in path.split("."):
+        child = shallow_copy(getattr(parent, name))
+        # Heads call the decoder, or what is around it (Gemma 4: image features).
+        if model.get_output_embeddings() not in child.modules():
+            child.forward = given_states
+        setattr(parent, name, child)
+        parent = child
+    return head
+
+
+def shallow_copy(module):
+    """A module with the same parameters and submodules, in which submodules can be replaced."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied
+
+
+# --lora-targets auto: the first of these that a block has, else all that its attention has.
+AUTO_TARGETS = (
+    "q_proj v_proj",
+    "query value",
+    "c_attn",
+    "query_key_value",
+    "qkv_proj",
+    "Wqkv",
+    "in_proj",
+    "in_proj_qkv",
+    "in_proj_qkvz",
+)
+NO_LORA = r"expert|router|indexer|\.gate(\.|$)"
+
+
+def lora_modules(model, targets, top_layers):
+    """Full paths of the linear modules in the decoder's top blocks (0: all) that get LoRA.
+
+    targets: "auto", "all-linear", or last names of modules with commas between them. Raises
+    UserError where a name fits nothing.
+    """
+    blocks = blocks_of(model)
+    if top_layers > len(blocks):
+        raise UserError(f"--lora-top-layers {top_layers}: the model has only {len(blocks)} layers")
+    linear = {}
+    for path, module in model.named_modules():
+        is_linear = isinstance(module, (torch.nn.Linear, transformers.Conv1D))
+        if is_linear and not re.search(NO_LORA, path):
+            linear[module] = path
+    found = []
+    chosen = []
+    for block in blocks[-top_layers:]:
+        paths = [linear[module] for module in block.modules() if module in linear]
+        found += paths
+        chosen += targets_of(paths, targets)
+    unknown = {*targets.split(",")} - {"auto", "all-linear"} - last_names(found)
+    if unknown or not chosen:
+        raise UserError(f"--lora-targets {targets}: name some of {sorted(last_names(found))}")
+    return chosen
+
+
+def targets_of(paths, targets):
+    """Those of one block's linear modules that --lora-targets means."""
+    if targets == "all-linear":
+        return paths
+    if targets != "auto":
+        return named(paths, targets.split(","))
+    for names in AUTO_TARGETS:
+        if last_names(paths).issuperset(names.split()):
+            return named(paths, names.split())
+    return [path for path in paths if re.search("attn|attention", path)]
+
+
+def named(paths, names):
+    return [path for path in paths if path.split(".")[-1] in names]
+
+
+def last_names(paths):
+    return {path.split(".")[-1] for path in paths}
+
+
+def add_lora(model, rank, scale, targets="auto", top_layers=0, seed=0):
+    """Eq. 15: LoRA on the linear modules that `targets` names. B starts at 0, so that p_f = p_0."""
+    paths = lora_modules(model, targets, top_layers)
+    torch.manual_seed(seed)
+    with explaining(f"--lora-targets {targets} does not fit"):
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=scale * rank, target_modules=paths
+        )
+        model = peft.get_peft_model(model, config)
+    modules = model.get_base_model().named_modules()
+    # peft takes names such as up_proj for those of experts in a family that has experts.
+    wrong = {path for path, module in modules if hasattr(module, "lora_A")} ^ set(paths)
+    if wrong:
+        raise UserError(f"--lora-targets {targets}: peft would not treat {sorted(wrong)[:3]} so")
+    return model.eval()
+
+
+def empty_model(name, role):
+    """The modules of a model without its weights, from its config."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(load_config(name, role))
+
+
+def checkpoint_dtype(name):
+    """The dtype that a student was published in."""
+    return load_config(name, "student").dtype or torch.float32
+
+
+# -----------------------------------------------------------------------------
+# Warm start: teacher and student first learn the gold text, once for all runs
+
+
+WARM_START_BATCH = 32  # its recipe is fixed but for epochs and learning rate
+
+
+def warm_start(args, role, source, data, epochs, lr, hw, use_lora=False):
+    """Fine-tune the model at `source` on gold text. Returns (folder it is kept in, seconds).
+
+    What is kept depends on model, rows, epochs, learning rate and precision. The rest of the recipe
+    is fixed, so that no flag that differs between methods changes the teacher or the start. Raises
+    UserError when the fine-tuned weights are not finite.
+    """
+    if epochs == 0:
+        return source, 0.0
+    recipe = [role, fingerprint(source), epochs, lr, str(hw.dtype), hw.device.type, use_lora]
+    recipe += [ids_of(data.train), torch.__version__, transformers.__version__]
+    cache = pathlib.Path(args.cache_dir)
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / f"{role}-{pathlib.Path(source).name}-{digest(recipe)}"
+    if hw.gather(folder.exists())[0]:
+        print(f"{role}: fine-tuned before, kept in {folder}")
+        return str(folder), json.loads((folder / "warm_start.json").read_text())["seconds"]
+
+    sft_args = replace(
+        args,
+        method="sft",
+        **asdict(METHODS["sft"]),
+        epochs=epochs,
+        lr=lr,
+        batch_size=WARM_START_BATCH,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        max_steps=0,
+        seed=0,
+    )
+    if use_lora:
+        model = add_lora(load_model(source, role, hw.dtype), rank=32, scale=1.0)
+        if args.shard:
+            shard_blocks(model)
+    else:
+        model = load_model(source, role, torch.float32)
+    model = model.to(hw.device)
+    work_dir = pathlib.Path(args.output_dir) / folder.name
+    state = TrainState(text=TextState())
+    data = replace(data, dev=[])
+    state = train(sft_args, state, model, None, data, hw, work_dir, phase=f"{role}_sft")
+
+    if hw.rank == 0:
+        # In a temporary folder of the cache: a rename is atomic, and the first to finish wins.
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".new-") as temporary:
+            temporary = pathlib.Path(temporary)
+            if use_lora:
+                model.save_pretrained(temporary / "adapter")
+                base = load_model(source, role, torch.float32)
+                model = merge_adapter(base, temporary / "adapter", hw.dtype)
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise UserError(f"{role}: the fine-tuned weights are not finite; they are not kept")
+            save_model(model, data.tokenizer, temporary / "model", data.stop_ids)
+            seconds = json.dumps({"seconds": state.seconds})
+            (temporary / "model" / "warm_start.json").write_text(seconds)
+            for path in (temporary / "model").iterdir():
+                sync(path)
+            if not folder.exists():
+                (temporary / "model").rename(folder)
+        (work_dir / "checkpoint.pt").unlink()
+    hw.gather("saved")  # a barrier
+    return str(folder), state.seconds
+
+
+def ids_of(rows):
+    return [[row.prompt_ids, row.response_ids] for row in rows]
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def fingerprint(source, portable=False):
+    """What identifies a model: its files, or a hub id with its commit.
+
+    A local file is known by name, size and modification time; with portable=True by name, size and
+    a hash of its first megabyte, which are the same for a copy on another machine.
+    """
+    folder = pathlib.Path(source)
+    if source == "demo":
+        return [source]
+    if not folder.is_dir():
+        file = transformers.utils.hub.cached_file(source, "config.json")
+        return [source, transformers.utils.hub.extract_commit_hash(file, None)]
+    stamps = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or path.name in ("results.json", "README.md"):
+            continue
+        stamp = path.stat().st_mtime_ns
+        if portable:
+            with open(path, "rb") as file:
+                stamp = hashlib.sha256(file.read(2**20)).hexdigest()
+        stamps.append([path.name, path.stat().st_size, stamp])
+    if (folder / "adapter_config.json").exists():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        stamps += fingerprint(config["base_model_name_or_path"], portable)
+    return stamps
+
+
+def teacher_text(args, state, teacher, data, hw, run_dir):
+    """The rows with the teacher's responses for the gold ones (SeqKD), sampled once in a run.
+
+    Kim & Rush 2016, arXiv:1606.07947, who search with a beam; here they are sampled. Raises
+    UserError when a resumed run finds the responses to other rows.
+    """
+    path = run_dir / "teacher_text.json"
+    prompts = [row.prompt_ids for row in data.train]
     if not hw.gather(path.exists())[0]:
-        needed, free = math.prod(shape) * probe.element_size() / 1e9, shutil.disk_usage(path.parent).free / 1e9
-        print(f"teacher's states: {needed:.2f} GB to {path}, where {free:.1f} GB are free")
-        refuse(needed > free, f"--cache-teacher needs {needed:.2f} GB in {path.parent}: choose another --cache-dir")
-        write_whole(path, fill, hw)
-    file = torch.from_file(str(path), True, math.prod(shape), dtype=hw.dtype).view(shape)
-    error = ((file[: len(probe)].to(hw.device) - probe).norm() / probe.norm()).item()
-    limit = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(hw.dtype, 1e-4)  # another padding may round differently
-    refuse(not error <= limit, f"--cache-teacher: {path} is {error:.0e} off what the teacher computes: delete it")
-    views = dict(zip(map(id, order), file.split(lengths)))
-    return [replace(row, states=views[id(row)]) for row in rows]
+        if (run_dir / "checkpoint.pt").exists():
+            raise UserError(f"{path}, which this run trains on, is missing: begin another run")
+        start = hw.now()
+        responses = generate(
+            teacher,
+            prompts,
+            data.stop_ids,
+            hw,
+            args.max_new_tokens,
+            args.sample_batch_size,
+            do_sample=True,
+            seed=args.seed,
+        )
+        if hw.rank == 0:
+            text = {"prompts": digest(prompts), "seconds": hw.now() - start, "responses": responses}
+            write_file(path, json.dumps(text))
+        hw.gather("written")  # a barrier
+    text = json.loads(path.read_text())
+    if text["prompts"] != digest(prompts):
+        raise UserError(f"{path} belongs to other rows: begin another run")
+    state.seconds += text["seconds"]
+    state.sampling_seconds += text["seconds"]
+    pairs = zip(data.train, text["responses"], strict=True)
+    return [row.answered(ids, args.max_length) for row, ids in pairs]
 
 
-# Processes, disk, signals ---------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# Processes and disk
 
-PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-out_of_memory = lambda e: isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-on_signals = lambda handler: [signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)]
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
-class Hardware:  # the device, the precision, and this process among those that torchrun started
+class Hardware:
+    """The device, the precision, and this process among those that torchrun started."""
+
     device: torch.device
     dtype: torch.dtype  # of autocast and of frozen weights
     rank: int = 0
@@ -1018,232 +2364,520 @@ class Hardware:  # the device, the precision, and this process among those that 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def total(self, sums):  # {name: this process's sum, a tensor} -> the same over all processes, which have all names
-        packed = torch.stack([sums[name].float() for name in sorted(sums)])
+    def total(self, sums):
+        """{name: scalar tensor} of this process -> summed over all, which have the same names."""
+        names = sorted(sums)
+        totals = torch.stack([sums[name].float() for name in names])
         if self.world > 1:
-            dist.all_reduce(packed)
-        return dict(zip(sorted(sums), packed))
+            dist.all_reduce(totals)
+        return dict(zip(names, totals, strict=True))
 
-    def gather(self, value):  # -> [the value of every process], everywhere; all wait for the last
+    def gather(self, value):
+        """The values of all processes, in every process. All wait for the last one."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def now(self):  # seconds, when the device has done what it was asked for
+    def now(self):
+        """Seconds, once the device has done all its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def peak_gb(self):  # the allocator's peak on a GPU, the process's peak resident size elsewhere
+    def peak_name(self):
+        return "peak_memory_gb" if self.device.type == "cuda" else "process_peak_gb"
+
+    def peak_gb(self):
+        """Of the allocator since distillation began on CUDA, elsewhere of the whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def pick_hardware(args):
-    """Flags -> Hardware; --precision auto becomes what it stands for. Raises for a device that is not there."""
-    name, world = args.device, int(os.environ.get("WORLD_SIZE", 1))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and name == "cuda" else name
-    device = torch.empty(1, device=name).device  # with an index, which torch.cuda.set_device asks for
-    # On a CPU bf16 takes a sixth of float32's time with AMX, half of it with AVX-512's bf16, ten times it with neither.
-    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    auto = "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "fp32"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        auto = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    args.precision = auto if args.precision == "auto" else args.precision
-    # Rows are never packed here; to see that, transformers would read a tensor back from the device in every forward.
-    transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
+def pick_hardware(device="auto", precision="auto"):
+    """Flags -> Hardware. Raises UserError for a device that cannot be used."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    name = device
+    if device == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    if name == "cuda" and world > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    with explaining(f"--device {device} cannot be used here"):
+        torch_device = torch.empty(1, device=name).device  # with an index
+        if torch_device.type == "cuda":
+            torch.cuda.set_device(torch_device)
+    if torch_device.type == "cuda" and precision != "fp32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if precision == "auto":
+        precision = fast_precision(torch_device)
+    # In every forward pass transformers would read tensors back from the device, to look for packed
+    # rows, which do not exist here, and for padding, which is on the right and never seen.
+    transformers.masking_utils.find_packed_sequence_indices = no_check
+    transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask = no_check
+    if torch_device.type == "cpu":
+        transformers.AttentionInterface.register("sdpa", attention_on_cpu)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # objects go between CPUs
+        on_gpu = torch_device.type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         atexit.register(dist.destroy_process_group)
-    return Hardware(device, PRECISIONS[args.precision], dist.get_rank() if world > 1 else 0, world)
+    rank = int(os.environ.get("RANK", 0))
+    return Hardware(torch_device, PRECISIONS[precision], rank, world)
 
 
-def report(log, wandb, phase, step, kind, metrics):
-    """One dict of metrics, three readers: metrics.jsonl, wandb under --track, the console but for training."""
-    record = dict(phase=phase, step=step) | {f"{kind}/{name}": float(value) for name, value in metrics.items()}
-    log.write(json.dumps(record) + "\n")
-    if wandb is not None:
-        wandb.log(record)
-    if kind == "dev":
-        tqdm.write(f"{phase} step {step}, dev: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+def no_check(*_):
+    return None
 
 
-def save_checkpoint(folder, moving, stateful, scalars, state, best, hw):
-    """All that training changes: weights, the best of them, optimizers, loss scaler, scalars, `state`. Keeps two."""
-    saved = dict(weights=moving, best=best, scalars=scalars, state=json.dumps(state, default=vars),
-                 stateful={name: each.state_dict() for name, each in stateful.items()})  # fmt: skip
-    folder = folder / "checkpoints"
-    write_whole(folder / f"step-{state['step']:08}.pt", functools.partial(torch.save, saved), hw)
-    for path in sorted(folder.glob("*.pt"))[:-2] if hw.rank == 0 else ():
-        path.unlink()
+def attention_on_cpu(module, query, key, value, attention_mask, **options):
+    """In float32 where there is a backward pass, which in bf16 takes 2 to 4 times as long."""
+    dtype = query.dtype
+    if query.requires_grad:
+        query = query.float()
+        key = key.float()
+        value = value.float()
+    with torch.autocast("cpu", enabled=False):
+        output, weights = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+    return output.to(dtype), weights
 
 
-def load_checkpoint(folder, networks, stateful, scalars):
-    """The inverse, of the newest checkpoint that is whole. -> (state, best), or None without one. Raises UserError."""
-    there = sorted((folder / "checkpoints").glob("*.pt"), reverse=True)
-    for path in there:
-        with contextlib.suppress(zipfile.BadZipFile):
-            if zipfile.ZipFile(path).testzip() is None:
-                break
-        print(f"{path} is damaged: the one before it is used", file=sys.stderr)
-    else:
-        return refuse(there, f"every checkpoint in {folder} is damaged: begin in another folder")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    networks.load_state_dict(saved["weights"], strict=False)
-    for name, each in stateful.items():
-        each.load_state_dict(saved["stateful"][name])
-    scalars |= {name: value.to(scalars[name].device) for name, value in saved["scalars"].items()}
-    state = json.loads(saved["state"], object_hook=lambda d: Example(**d) if "prompt_ids" in d else d)
-    print(f"{folder}: goes on after step {state['step']}")
-    return state, saved["best"]
+def fast_precision(device):
+    """bf16 where it is fast, else fp16 on a GPU and fp32 on a CPU.
+
+    On a CPU bf16 takes a sixth of float32's time with AMX, half of it with AVX-512's bf16, and ten
+    times it with neither.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "fp32"
 
 
-def write_whole(path, write, hw):
-    """The first process does write(temporary path), forces it to the disk and names it: never half there. All wait."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with blaming(f"cannot write {path}"):
-        try:
-            if hw.rank == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write(temporary)
-                force_to_disk(*temporary.rglob("*"), temporary)
-                if not path.is_dir():  # else another run was faster, with the same content
-                    temporary.replace(path)
-                force_to_disk(path.parent)
-        finally:  # the disk is full, or another run was faster
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-    hw.gather("written")
+def shard_blocks(model):
+    """Split the frozen weights of a teacher's blocks over the processes (FSDP2).
+
+    They are whole while their block runs. LoRA stays as it is, for optimizer and checkpoints.
+    """
+    for block in blocks_of(model):
+        trainable = {p for p in block.parameters() if p.requires_grad}
+        fully_shard(block, ignored_params=trainable)
 
 
-def force_to_disk(*paths):
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor), os.close(descriptor)
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write that gets its name when all of it is on the disk: never half there."""
+    temporary = path.with_name(f"{path.name}.tmp")  # a run's folder belongs to one run
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-# main -----------------------------------------------------------------------------------------------------------------
+def write_file(path, text):
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
-def distil(args):
-    """The whole job: data, warm starts, distillation, scores. Raises UserError."""
-    with blaming(f"--device {args.device} is not usable here"):
-        hw = pick_hardware(args)
-    if hw.rank:  # one process speaks, and one writes
-        sys.stdout = open(os.devnull, "w")
-    refuse(args.shard and (hw.world == 1 or args.text == "mixture" or args.teacher_sft == "full"),
-           "--shard needs several processes, --teacher-sft lora, and text of one network")  # fmt: skip
-    pair = [pathlib.PurePath(name).name for name in (args.student, args.teacher)]
-    stamp = hw.gather(time.strftime("%m%d-%H%M%S"))[0]
-    args.output_dir = args.resume or args.output_dir or f"runs/{args.method}-{'-'.join(pair)}-s{args.seed}-{stamp}"
-    folder = pathlib.Path(args.output_dir)
-    refuse(hw.gather((folder / "student").exists() if args.resume else folder.exists())[0],
-           f"{folder} holds a run: choose another --output-dir, or --resume one that has not ended")  # fmt: skip
-    transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out).*")  # of peft
-    tokenizer = one_tokenizer(load_tokenizer(args.teacher, args), load_tokenizer(args.student, args))
-    data = load_data(args, tokenizer)
-    size = min(args.batch_size, len(data["train"]))
-    refuse(size % hw.world, f"--batch-size {size} is no multiple of the {hw.world} processes")
-    print(f"{args.method} on {hw.world} x {hw.device} in {hw.dtype}:", {name: len(rows) for name, rows in data.items()})
-    write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2) + "\n"), hw)
-    wandb = None
-    if args.track and hw.rank == 0:
-        name = dict(project=os.environ.get("WANDB_PROJECT", "okd"), group="-from-".join(pair), name=folder.name)
-        with blaming("cannot start wandb: set WANDB_MODE=offline, or leave --track out"):
-            import wandb
-
-            wandb.init(**name, id=folder.name, resume="allow", config=asdict(args), dir=folder)
-
-    # Both learn the gold text, or are found where they were kept. A run that goes on has what it began with.
-    record, rows, lora = folder / "models.json", data["train"], args.teacher_sft == "lora"
-    if not hw.gather(record.exists())[0]:
-        tune, source = functools.partial(fine_tuned, args, data["dev"], tokenizer, hw, folder), args.teacher
-        if source == "demo":  # it knows its trade before it is fine-tuned on the rows that the student will see
-            source = tune("teacher", source, data["pretraining"], 8, 1e-3, lora=False)["teacher"]
-        used = tune("teacher", source, rows, args.teacher_sft_epochs, args.teacher_sft_lr, lora)
-        used |= tune("student", args.student, rows, args.student_sft_epochs, args.student_sft_lr, lora=False)
-        write_whole(record, lambda path: path.write_text(json.dumps(used)), hw)
-    sources = json.loads(record.read_text())
-
-    teacher = load_model(sources["teacher"], "teacher", args, hw.dtype, hw, dropout=False).requires_grad_(False)
-    # With dropout MiniLLM's ratio q / q_when_sampled would be noise, which its clip turns into no gradient.
-    student = load_model(sources["student"], "student", args, torch.float32, dropout=args.text != "mixture")
-    refuse(args.max_length > min(positions(teacher), positions(student)),
-           f"--max-length {args.max_length} is more than the positions of the teacher or the student")  # fmt: skip
-    heads = {model.get_output_embeddings().weight.size(0): model for model in (teacher, student)}
-    if len(heads) > 1:  # padded to two sizes
-        print(f"a head of {max(heads)} rows is cut to the {min(heads)} that both have")
-        heads[max(heads)].resize_token_embeddings(min(heads))
-    if args.teacher_moves:
-        teacher = add_lora(teacher, args, args.lora_top_layers, args.seed)
-    teacher, student = place(teacher, hw, args.shard), place(student, hw)
-
-    test = data["test"][: args.score_rows]
-    rouge = functools.partial(score, args, tokenizer=tokenizer, rows=test, hw=hw)
-    scores = dict(rouge_l_teacher=rouge(teacher), rouge_l_start=rouge(student)) if test else {}
-    if args.text == "teacher":
-        data["train"] = teacher_text(args, teacher, data["train"], tokenizer, hw, folder)
-    if args.cache_teacher:
-        data["train"] = with_states(args, teacher, sources["teacher"], data["train"], hw)
-    end = train(args, student, teacher, data, tokenizer, hw, folder, wandb=wandb)
-    scores |= dict(rouge_l=rouge(student)) if test else {}
-    if hw.rank == 0:
-        finish(args, folder, end | sources, scores, test, wandb)
-        if args.teacher_moves:
-            teacher.save_pretrained(folder / "teacher_lora", save_embedding_layers=False)
-    write_whole(folder / "student", functools.partial(save_model, student, tokenizer), hw)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a run with a student has ended
-    print(f"run: {folder}")
+def sync(path):
+    """Force a file to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
-def finish(args, folder, end, scores, test, wandb):
-    """The run's table, a block to grep, and the same numbers as the last record of metrics.jsonl and on wandb."""
-    first, best, last = (end[look] or {} for look in ("first", "best", "last"))
-    rouge = {name: mean for name, (mean, _) in scores.items()}
-    print(f"\n{'':20}{'Rouge-L':>10}{'dev CE':>10}{'dev KL':>10}{'seconds':>10}")
-    for name, *values in (
-        ("teacher", rouge.get("rouge_l_teacher"), first.get("teacher_ce"), 0, end["teacher_s"]),
-        ("student, start", rouge.get("rouge_l_start"), first.get("student_ce"), first.get("fkl"), end["student_s"]),
-        (f"student, {args.method}", rouge.get("rouge_l"), best.get("student_ce"), best.get("fkl"), end["seconds"]),
-    ):
-        print(f"{name:20}" + "".join(f"{math.nan if value is None else value:10.3f}" for value in values))
-    final = dict(steps=end["step"], distil_s=end["seconds"], sampling_s=end["sampling_s"],
-                 tokens_per_s=end["tokens"] / end["seconds"], peak_memory_gb=end["peak_memory_gb"]) | rouge  # fmt: skip
-    final |= {f"dev_{name}": best[name] for name in ("fkl", "student_ce", "rouge_l") if name in best}
-    final |= dict(dev_rouge_l_last=last["rouge_l"], selected_step=best["step"]) if "rouge_l" in best else {}
-    named = dict(method=args.method, seed=args.seed, teacher=end["teacher"]) | final
-    print("\n".join(f"{name}: {value}" for name, value in named.items()))
-    with open(folder / "metrics.jsonl", "a") as log:
-        report(log, wandb, "final", end["step"], "final", final)
-    if wandb is not None:
-        rows = zip(test[:20], *(answers for _, answers in scores.values()))
-        rows = [[row.prompt, row.references[0], *answers] for row, *answers in rows]
-        wandb.log({"samples": wandb.Table(["prompt", "reference", *scores], rows)})
-        wandb.finish()
+def out_of_memory(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error)
 
 
-def command(job, program):
-    """Run the job. What the user can mend, and what a disk or a device refuses, is one line and exit code 2."""
+@contextlib.contextmanager
+def explaining(what):
+    """Turns any error inside, but running out of memory, into a UserError that begins with what."""
+    try:
+        yield
+    except Exception as error:  # models, templates, hub and HTTP library raise what they like
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{what} ({message[:200]})") from error
+
+
+def run_command(job, program):
+    """Run job(). What the user can mend, or a disk or device refuses: one line, exit code 2."""
+    signal.signal(signal.SIGTERM, exit_on_signal)  # so that temporary files are removed
     try:
         job()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not (isinstance(error, (UserError, OSError)) or out_of_memory(error)):
+        hint = ""
+        if out_of_memory(error):
+            hint = "out of memory: lower --micro-batch-tokens or --sample-batch-size: "
+        elif not isinstance(error, (UserError, OSError)):
             raise
-        hint = "out of memory: lower --micro-batch-tokens (training) or --sample-batch-size (sampling and scoring): "
-        print(f"{program}: {hint * out_of_memory(error)}{' '.join(str(error).split())[:400]}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"{program}: {hint}{message[:400]}", file=sys.stderr)
         sys.exit(2)
 
 
+def exit_on_signal(number, frame):
+    sys.exit(128 + number)
+
+
+# -----------------------------------------------------------------------------
+# main
+
+
+def distil(args):
+    """The whole job: data, warm starts, distillation, scores. Raises UserError."""
+    hw = pick_hardware(args.device, args.precision)
+    if hw.rank > 0:  # one process speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+    if args.shard and hw.world == 1:
+        raise UserError("--shard needs several processes: start them with torchrun")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out)")
+    run_dir = take_folder(args, hw)
+    args.output_dir = str(run_dir)
+    try:
+        data, record = begin(args, hw, run_dir)
+        wandb_run = None
+        if args.track and hw.rank == 0:
+            wandb_run = start_wandb(record, run_dir)
+        if hw.rank == 0 and not args.resume:
+            write_file(run_dir / "args.json", json.dumps(record, indent=2) + "\n")
+    except BaseException:
+        if hw.rank == 0 and not args.resume:  # nothing was begun, so the name stays free
+            shutil.rmtree(run_dir)
+        raise
+    hw.gather("begun")  # a barrier
+
+    models = warm_starts(args, data, hw, run_dir)
+    teacher, student = load_networks(args, models, hw)
+    state = TrainState(text=TextState(phi=args.sgo_fraction))
+    test_rows = data.test[: args.score_rows]
+    rouge_l = {}
+    if test_rows:
+        rouge_l["rouge_l_teacher"] = score(args, teacher, test_rows, data, hw)
+        rouge_l["rouge_l_start"] = score(args, student, test_rows, data, hw)
+    if hw.device.type == "cuda":  # the peak is then that of the method
+        torch.cuda.reset_peak_memory_stats(hw.device)
+    if args.text == "teacher":
+        data.train = teacher_text(args, state, teacher, data, hw, run_dir)
+    if args.cache_teacher:
+        start = hw.now()
+        cache_states(teacher, data.train + data.dev[: args.eval_rows], hw)
+        state.seconds += hw.now() - start
+    state = train(args, state, student, teacher, data, hw, run_dir, wandb_run=wandb_run)
+
+    student = cast(student, checkpoint_dtype(args.student))  # what is scored is what is saved
+    if test_rows:
+        rouge_l["rouge_l"] = score(args, student, test_rows, data, hw)
+    if hw.rank == 0:
+        final = final_metrics(state, rouge_l, hw)
+        finish(args, record, models, final, student, teacher, data, run_dir, wandb_run)
+
+
+def take_folder(args, hw):
+    """The run's own folder, new: made by the first process, so that two runs never share one."""
+    if args.resume:
+        if (pathlib.Path(args.resume) / "student").exists():
+            raise UserError(f"--resume {args.resume}: this run has ended")
+        return pathlib.Path(args.resume)
+    name = args.output_dir
+    if name is None:
+        models = [pathlib.Path(source).name for source in (args.student, args.teacher)]
+        stamp = time.strftime("%m%d-%H%M%S")
+        name = f"runs/{args.method}-{'-'.join(models)}-s{args.seed}-{stamp}"
+    folder = pathlib.Path(name)
+    if hw.rank == 0:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if args.output_dir is not None:
+                raise UserError(f"{folder} exists: choose another --output-dir") from None
+            folder = pathlib.Path(f"{name}-{secrets.token_hex(2)}")
+            folder.mkdir()
+    return pathlib.Path(hw.gather(str(folder))[0])
+
+
+def begin(args, hw, run_dir):
+    """Tokenizer, rows and all checks that need no weights: before hours of training, not after.
+
+    Returns (data, the content of args.json). Raises UserError when a model cannot take
+    the rows, or when a resumed run finds other models, rows or processes than it began with.
+    """
+    tokenizer = one_tokenizer(load_tokenizer(args.teacher), load_tokenizer(args.student))
+    data = load_data(args.teacher, args.data, tokenizer, args.max_prompt_length, args.max_length)
+    rows = data.train + data.dev + data.test
+    print(f"train, dev, test: {len(data.train)}, {len(data.dev)}, {len(data.test)} rows")
+    for size in (args.batch_size, WARM_START_BATCH):
+        if min(size, len(data.train)) % hw.world > 0:
+            raise UserError(f"{hw.world} processes cannot share batches of {size} rows")
+    if args.text == "adaptive" and not data.dev:
+        raise UserError("--text adaptive needs dev rows: phi depends on the evaluations")
+    for role, name in (("teacher", args.teacher), ("student", args.student)):
+        check_fits(name, role, rows, tokenizer, args.max_length)
+    skeleton = empty_model(args.teacher, "teacher")
+    if args.teacher_sft == "lora" and args.teacher_sft_epochs > 0:
+        lora_modules(skeleton, "auto", 0)
+    if args.teacher_moves:
+        lora_modules(skeleton, args.lora_targets, args.lora_top_layers)
+    if args.cache_teacher:
+        check_memory(data.train + data.dev[: args.eval_rows], skeleton, hw)
+
+    began_with = {
+        "teacher": digest(fingerprint(args.teacher, portable=True)),
+        "student": digest(fingerprint(args.student, portable=True)),
+        "rows": digest(ids_of(rows)),
+        "processes": hw.world,
+        "precision": next(name for name in PRECISIONS if PRECISIONS[name] == hw.dtype),
+    }
+    if args.resume:
+        record = json.loads((run_dir / "args.json").read_text())
+        require_same(record["began_with"], began_with, run_dir)
+        return data, record
+    if hw.rank == 0 and data.test_lines:
+        write_file(run_dir / "test.jsonl", "\n".join(data.test_lines) + "\n")
+    # wandb refuses some characters, and two folders of one name are two runs.
+    wandb_id = re.sub(r"[^\w.-]", "-", run_dir.name)[:64] + "-" + secrets.token_hex(4)
+    record = {"label": run_label(args), "command": shlex.join(["python", *sys.argv])}
+    record.update(wandb_id=wandb_id, began_with=began_with, **asdict(args))
+    return data, record
+
+
+def require_same(stored, found, run_dir):
+    """Raises UserError when a resumed run would not be the run that began."""
+    for name, value in stored.items():
+        if found[name] != value:
+            raise UserError(
+                f"{run_dir} began with {name} {value} and now finds {found[name]}: restore what it "
+                "began with, or begin another run"
+            )
+
+
+def check_memory(rows, teacher, hw):
+    """Raises UserError when the states of --cache-teacher do not fit into host memory."""
+    num_tokens = sum(len(row.response_ids) for row in rows)
+    needed = num_tokens * teacher.config.get_text_config().hidden_size * hw.dtype.itemsize
+    free = psutil.virtual_memory().available
+    limit = pathlib.Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - psutil.Process().memory_info().rss)
+    size = f"--cache-teacher: {needed / 1e9:.2f} GB of host memory in each process"
+    print(f"{size}, of {free / 1e9:.1f} GB that are free")
+    if needed * hw.world > free:
+        raise UserError(f"{size} x {hw.world} is more than the {free / 1e9:.1f} GB that are free")
+
+
+def start_wandb(record, run_dir):
+    """A group is a method with its settings, so that its runs are the seeds. Raises UserError."""
+    with explaining("wandb cannot start: set WANDB_MODE=offline, or leave out --track"):
+        import wandb  # only tracked runs need it
+
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "okd"),
+            id=record["wandb_id"],
+            name=run_dir.name,
+            group=record["label"],
+            job_type="train",
+            config=record,
+            save_code=True,
+            resume="allow",
+            dir=run_dir,
+        )
+
+
+def warm_starts(args, data, hw, run_dir):
+    """Fine-tunes teacher and student, or finds them in the cache. Returns models.json's content.
+
+    A resumed run has the models that it began with; raises UserError when they are gone.
+    """
+    path = run_dir / "models.json"
+    if hw.gather(path.exists())[0]:
+        models = json.loads(path.read_text())
+        stored = {}
+        found = {}
+        for role in ("teacher", "student"):
+            stored[role] = models["problem"][role]
+            with explaining(f"{run_dir} began with {models[role]}, which is gone"):
+                found[role] = digest(fingerprint(models[role], portable=True))
+        require_same(stored, found, run_dir)
+        return models
+
+    teacher = args.teacher
+    if teacher == "demo":  # it learns from more rows than the student will see
+        pretraining = replace(data, train=data.pretraining)
+        teacher, _ = warm_start(args, "teacher", teacher, pretraining, 8, 1e-3, hw)
+    teacher, teacher_seconds = warm_start(
+        args,
+        "teacher",
+        teacher,
+        data,
+        args.teacher_sft_epochs,
+        args.teacher_sft_lr,
+        hw,
+        use_lora=args.teacher_sft == "lora",
+    )
+    student, student_seconds = warm_start(
+        args, "student", args.student, data, args.student_sft_epochs, args.student_sft_lr, hw
+    )
+    models = {
+        "teacher": teacher,
+        "teacher_seconds": teacher_seconds,
+        "student": student,
+        "student_seconds": student_seconds,
+        "problem": {  # two runs can be compared when these agree
+            "teacher": digest(fingerprint(teacher, portable=True)),
+            "student": digest(fingerprint(student, portable=True)),
+            "data": digest(ids_of(data.train)),
+            "test": digest(ids_of(data.test)),
+            "max_length": args.max_length,
+            "max_new_tokens": args.max_new_tokens,
+        },
+    }
+    if hw.rank == 0:
+        write_file(path, json.dumps(models, indent=2) + "\n")
+    hw.gather("written")  # a barrier
+    return models
+
+
+def load_networks(args, models, hw):
+    """(teacher, student) on the device: the teacher frozen, with its online module if it moves."""
+    teacher = load_model(models["teacher"], "teacher", hw.dtype).requires_grad_(False)
+    student = load_model(models["student"], "student", torch.float32)
+    size = min(vocab_size(teacher), vocab_size(student))
+    for model in (teacher, student):  # a family may pad its vocabulary to several sizes
+        if vocab_size(model) > size:
+            print(f"a head of {vocab_size(model)} rows is cut to the {size} that both models have")
+            model.resize_token_embeddings(size)
+    if args.teacher_moves:
+        teacher = add_lora(
+            teacher,
+            args.lora_rank,
+            args.lora_scale,
+            args.lora_targets,
+            args.lora_top_layers,
+            args.seed,
+        )
+    if args.shard:
+        shard_blocks(teacher)
+    return teacher.to(hw.device), student.to(hw.device)
+
+
+def final_metrics(state, rouge_l, hw):
+    """The last record of metrics.jsonl; what was not measured is left out."""
+    final = {
+        "steps": state.step,
+        "distil_s": state.seconds,
+        "sampling_s": state.sampling_seconds,
+        "tokens_per_s": state.tokens / state.seconds,
+        hw.peak_name(): hw.peak_gb(),
+        **rouge_l,
+    }
+    if state.best_eval is not None:
+        final["selected_step"] = state.best_eval["step"]
+        for name, value in state.best_eval.items():
+            if name != "step":
+                final[f"dev_{name}"] = value
+        final["start_dev_student_ce"] = state.first_eval["student_ce"]
+        final["start_dev_fkl"] = state.first_eval["fkl"]
+    if state.last_eval is not None and "rouge_l" in state.last_eval:
+        final["dev_rouge_l_last"] = state.last_eval["rouge_l"]
+    return final
+
+
+def finish(args, record, models, final, student, teacher, data, run_dir, wandb_run):
+    """Save what the run leaves, then print its table. wandb comes last, since it may fail."""
+    if args.teacher_moves:
+        save_adapter(teacher, models["teacher"], data.tokenizer, run_dir / "teacher_lora")
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        values = {f"final/{name}": value for name, value in final.items()}
+        file.write(json.dumps({"phase": "final", "step": final["steps"], **values}) + "\n")
+    temporary = run_dir / "student.tmp"
+    save_model(student, data.tokenizer, temporary, data.stop_ids)
+    (temporary / "README.md").write_text(model_card(args, record, models, final))
+    temporary.rename(run_dir / "student")  # a run with a student has ended
+    (run_dir / "checkpoint.pt").unlink()
+
+    rows = [
+        ["teacher", "rouge_l_teacher", "dev_frozen_teacher_ce", None, models["teacher_seconds"]],
+        [
+            "student, start",
+            "rouge_l_start",
+            "start_dev_student_ce",
+            "start_dev_fkl",
+            models["student_seconds"],
+        ],
+        [f"student, {args.method}", "rouge_l", "dev_student_ce", "dev_fkl", final["distil_s"]],
+    ]
+    if args.teacher_moves:
+        rows.insert(1, ["teacher, adapted", None, "dev_teacher_ce", "dev_drift", None])
+    print(f"\n{'':20}{'Rouge-L':>10}{'dev CE':>10}{'dev KL':>10}{'seconds':>10}")
+    for name, *cells, seconds in rows:
+        numbers = [final.get(cell) for cell in cells] + [seconds]
+        shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
+        print(f"{name:20}" + "".join(f"{text:>10}" for text in shown))
+    for name, value in final.items():
+        print(f"{name}: {value:.6g}")
+    print(f"run: {run_dir}")
+    if wandb_run is not None:
+        try:
+            wandb_run.summary.update(values)
+            wandb_run.finish()
+        except Exception as error:
+            print(f"wandb failed, the run is in {run_dir}: {error}", file=sys.stderr)
+
+
+def save_adapter(teacher, base, tokenizer, folder):
+    """The online module as a PEFT adapter. It names its base so that it loads from anywhere."""
+    if pathlib.Path(base).is_dir():
+        base = str(pathlib.Path(base).resolve())
+    teacher.peft_config["default"].base_model_name_or_path = base
+    teacher.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: peft\n---\n\nThe online module of a teacher, trained with okd.py. "
+        f"Its base is the fine-tuned teacher, {base}.\n"
+    )
+
+
+def model_card(args, record, models, final):
+    """README.md of the student, with the metadata that the hub reads."""
+    data = args.data or ("the demo's" if args.teacher == "demo" else "Dolly")
+    scores = "\n".join(f"- {name}: {value:.6g}" for name, value in final.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {args.student}
+tags: [knowledge-distillation, okd]
+---
+
+# {args.student}, distilled
+
+- method: {record["label"]}
+- teacher: {args.teacher}, fine-tuned: {models["teacher"]}
+- data: {data}
+- command: `{record["command"]}`
+{scores}
+"""
+
+
 def main(argv=None):
-    command(lambda: distil(parse(sys.argv[1:] if argv is None else argv)), "okd.py")
+    argv = sys.argv[1:] if argv is None else argv
+    run_command(lambda: distil(parse_args(argv)), "okd.py")
 
 
 if __name__ == "__main__":

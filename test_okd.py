@@ -1,1497 +1,4336 @@
-"""Tests of okd.py and eval.py by closed forms, golden numbers, a second way: tiny models, no downloads, no GPU."""
+"""Tests of okd.py and eval.py: tiny models, no downloads, no GPU."""
 
+import contextlib
+import copy
 import dataclasses
-import functools
+import errno
+import gzip
+import io
 import json
 import math
 import os
 import pathlib
 import random
 import re
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import types
-from collections import Counter
-from unittest import mock
+from dataclasses import fields
 
-os.environ |= dict(WANDB_MODE="offline", HF_HUB_OFFLINE="1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
 
+import huggingface_hub
 import peft
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
+import wandb
+from rouge_score.rouge_scorer import RougeScorer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
+from wandb.proto.wandb_internal_pb2 import Record
 
 import eval as okd_eval
 import okd
 
-ROOT = pathlib.Path(__file__).parent
-CPU, BF16, FP16 = (okd.Hardware(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # between peft and transformers
 
-# Tiny models and data -------------------------------------------------------------------------------------------------
+ROOT = pathlib.Path(__file__).parent
+CPU = okd.pick_hardware("cpu", "fp32")
+BF16 = okd.pick_hardware("cpu", "bf16")
+FP16 = okd.pick_hardware("cpu", "fp16")
+VOCAB_SIZE = 257  # of the demo's tokenizer: bytes and EOS
+EOS = 256
 
-SHAPE = dict(vocab_size=384, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=256, bos_token_id=1, eos_token_id=1, pad_token_id=0)  # fmt: skip
-DROPOUT = dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
-CONFIGS = {
-    "gpt2": transformers.GPT2Config(vocab_size=384, n_positions=256, n_embd=32, n_layer=4, n_head=4, bos_token_id=1,
-                                    eos_token_id=1, **dict.fromkeys(DROPOUT, 0.0)),
+GPT2 = transformers.GPT2Config(
+    vocab_size=VOCAB_SIZE,
+    n_positions=256,
+    n_embd=32,
+    n_layer=4,
+    n_head=4,
+    bos_token_id=EOS,
+    eos_token_id=EOS,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+)
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+}
+CONFIGS = {  # a tied head, an untied one, and one with a soft cap
+    "gpt2": GPT2,
     "llama": transformers.LlamaConfig(**SHAPE),
-    "opt": transformers.OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16, dropout=0.0),
-    "gemma2": transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8),
-    "cohere": transformers.CohereConfig(**SHAPE, logit_scale=0.25),
-    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=8)}  # fmt: skip
-PLAIN = {field.name for field in dataclasses.fields(okd.Args) if field.type is bool}  # flags without a value
-per_session, demo_lines = pytest.fixture(scope="session"), [json.dumps(row) for row in okd.demo_rows(40, seed=1)]
-tokenizer = per_session(lambda: okd.load_tokenizer("demo", okd.Args()))
-jsonl = per_session(lambda folders: folders / "rows.jsonl")
-examples = per_session(lambda tokenizer: okd.read_rows("demo", demo_lines, tokenizer, tiny_args()))
-example = functools.partial(okd.Example, "", [""])  # of prompt_ids and response_ids
-records = lambda folder: [json.loads(line) for line in open(folder / "metrics.jsonl")]
-plain = lambda model, rows: plain_logits(model, *rows).log_softmax(-1)
-gradients = lambda model: {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-gradient = lambda function, at: torch.autograd.functional.jacobian(lambda z: function(z).sum(), at)
-random_logits = lambda *shape, seed: torch.randn(shape, generator=torch.manual_seed(seed), dtype=torch.float64) * 2
-of_logits = lambda function, **own: lambda p, q: function(p.log_softmax(-1), q.log_softmax(-1), **own)
-bound = lambda **flags: okd.bound_divergence(tiny_args(**flags), torch.tensor(0.6).double())
-kl = lambda z_p, z_q, tau=1.0: tau**2 * kl_divergence(*(Categorical(logits=z / tau) for z in (z_p, z_q)))
-changed = lambda old, new: {key for key, value in old.state_dict().items() if not value.equal(new.state_dict()[key])}
+    "gemma2": transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0),
+}
+
+# -----------------------------------------------------------------------------
+# Models
 
 
-def tiny(family="gpt2", seed=0, dtype=torch.float32, **changes):
+def tiny_model(family="gpt2", seed=0, dtype=torch.float32, **changes):
     torch.manual_seed(seed)
-    config = CONFIGS[family].__class__(**{**CONFIGS[family].to_dict(), **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    with torch.no_grad():  # a fresh head is nearly uniform: spread it, so that a wrong number shows
+    config = copy.deepcopy(CONFIGS[family])
+    config.update(changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generation_config = transformers.GenerationConfig()
+    with torch.no_grad():  # a fresh head is nearly uniform: spread it, so that errors show
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
 
 
-def tiny_args(**changes):  # by way of the flags, so that what the flags do is tested along
-    changes = dict(teacher="t", student="s", batch_size=4, epochs=99, eval_rows=8, score_rows=2, log_every=1,
-                   lora_rank=4, max_length=96, max_new_tokens=6, rollouts=8) | changes  # fmt: skip
-    flags = [["--" + name.replace("_", "-")] + [str(value)] * (name not in PLAIN) for name, value in changes.items()]
-    return okd.parse(sum(flags, []))
+def tiny_pair(args, family="gpt2", lora_std=0.0, dtype=torch.float32, **changes):
+    """(student, teacher); lora_std > 0 fills LoRA's B, as if the module had been trained."""
+    student = tiny_model(family, seed=1, **changes)
+    teacher = tiny_model(family, seed=2, dtype=dtype, **changes).requires_grad_(False)
+    if args.teacher_moves:
+        where = (args.lora_targets, args.lora_top_layers)
+        teacher = okd.add_lora(teacher, args.lora_rank, args.lora_scale, *where, args.seed)
+        for name, parameter in teacher.named_parameters():
+            if lora_std > 0 and "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=lora_std)
+    return student, teacher
 
 
-@per_session
-def folders(tmp_path_factory, tokenizer):  # of Hugging Face models, and the rows; GPT-2 has dropout
-    root = tmp_path_factory.mktemp("models")
-    (root / "rows.jsonl").write_text("".join(line + "\n" for line in demo_lines))
-    for family, role in ((family, role) for family in ("gpt2", "llama", "opt") for role in ("teacher", "student")):
-        model = tiny(family, 1 + (role == "student"), **DROPOUT if family == "gpt2" else {})
-        model.save_pretrained(root / family / role), tokenizer.save_pretrained(root / family / role)
-    return root
+def plain_log_probs(model, rows):
+    """Log-probabilities of every response token, from one unpadded forward per row."""
+    logits = []
+    for row in rows:
+        input_ids = torch.tensor([row.prompt_ids + row.response_ids])
+        first = len(row.prompt_ids) - 1
+        logits.append(model(input_ids).logits[0, first:-1].float())
+    return torch.cat(logits).log_softmax(-1)
 
 
-def with_module(model, args=None, top_layers=0, std=0.0):  # std > 0: already moved
-    model = okd.add_lora(model.requires_grad_(False), args or tiny_args(), top_layers, seed=1)
-    for name, parameter in model.named_parameters():
-        if std and "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=std)
-    return model
+def changed(before, after):
+    """Names of the weights in which two models differ."""
+    after = after.state_dict()
+    return {name for name, value in before.state_dict().items() if not value.equal(after[name])}
 
 
-def pair(args, family="gpt2", std=0.0, **changes):
-    student, teacher = tiny(family, 1, **changes), tiny(family, 2, **changes).requires_grad_(False)
-    return student, with_module(teacher, args, args.lora_top_layers, std) if args.teacher_moves else teacher
+def gradients_of(*networks):
+    params = [p for network in networks for p in network.parameters()]
+    return [p.grad.clone() for p in params if p.grad is not None]
+
+
+def gradient(function, at):
+    at = at.detach().clone().requires_grad_()
+    (result,) = torch.autograd.grad(function(at).sum(), at)
+    return result
+
+
+# -----------------------------------------------------------------------------
+# Arguments, data, runs
+
+SMALL = {
+    "teacher": "t",
+    "student": "s",
+    "batch_size": 4,
+    "epochs": 99,
+    "log_every": 1,
+    "eval_rows": 8,
+    "score_rows": 2,
+    "lora_rank": 4,
+    "max_length": 96,
+    "max_new_tokens": 6,
+}
+SWITCHES = {field.name for field in dataclasses.fields(okd.Args) if field.type is bool}
+
+
+def make_args(flags="", **changes):
+    """Args from command-line flags, as a text or by name, so that parsing is tested, too."""
+    argv = []
+    for name, value in {**SMALL, **changes}.items():
+        argv.append("--" + name.replace("_", "-"))
+        if name not in SWITCHES:
+            argv.append(str(value))
+    return okd.parse_args(argv + flags.split())
+
+
+def make_row(prompt_ids, response_ids):
+    return okd.Example(1, "", [""], prompt_ids, response_ids, EOS)
+
+
+def labels_of(rows):
+    return torch.tensor(sum([row.response_ids for row in rows], []))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return okd.load_tokenizer("demo")
+
+
+@pytest.fixture(scope="session")
+def demo_lines():
+    return [json.dumps(row) for row in okd.demo_rows(40, seed=1)]
+
+
+@pytest.fixture(scope="session")
+def examples(tokenizer, demo_lines):
+    return okd.read_rows("demo", demo_lines, tokenizer, 96, 96)
 
 
 @pytest.fixture
-def trained(examples, tokenizer, tmp_path_factory):
-    def train(args, networks=None, steps=2, hw=CPU, rows=examples, dev=()):
-        (student, teacher), folder = networks or pair(args), tmp_path_factory.mktemp("run")
-        args = dataclasses.replace(args, max_steps=steps)
-        okd.train(args, student, teacher, dict(train=rows, dev=list(dev)), tokenizer, hw, folder)
-        return student, teacher, records(folder)
+def train(examples, tokenizer, tmp_path_factory):
+    """train(args, ...) trains tiny networks; returns (student, teacher, metrics.jsonl)."""
 
-    return train
+    def run(args, networks=None, num_steps=2, hw=CPU, rows=examples, dev_rows=(), run_dir=None):
+        student, teacher = networks or tiny_pair(args)
+        run_dir = run_dir or tmp_path_factory.mktemp("run")
+        args = dataclasses.replace(args, max_steps=num_steps)
+        data = okd.Data(tokenizer, [EOS], rows, list(dev_rows), [])
+        state = okd.TrainState(text=okd.TextState(phi=args.sgo_fraction))
+        okd.train(args, state, student, teacher, data, hw, run_dir)
+        return student, teacher, read_metrics(run_dir)
 
-
-def wrap(monkeypatch, target, before=lambda *_, **__: None, after=lambda result, *_, **__: result):
-    original = getattr(okd, target)  # its calls pass by before(*arguments), and after(result, *arguments), on their way
-
-    def wrapped(*args, **kwargs):
-        before(*args, **kwargs)
-        return after(original(*args, **kwargs), *args, **kwargs)
-
-    monkeypatch.setattr(okd, target, wrapped)
+    return run
 
 
-def plain_logits(model, *rows):  # before each response token, from one unpadded forward a row
-    logits = [model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0] for row in rows]
-    return torch.cat([each[len(row.prompt_ids) - 1 : -1].float() for each, row in zip(logits, rows)])
+def read_metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_all_close(ours, theirs, **tolerance):
-    assert ours.keys() == theirs.keys() and ours
-    for name in theirs:
-        assert_close(ours[name], theirs[name], msg=name, **tolerance)
+@pytest.fixture
+def calls_of(monkeypatch):
+    """calls_of(name): the arguments of every call of okd's function `name` from now on."""
+
+    def record(name, owner=okd):
+        function = getattr(owner, name)
+        calls = []
+
+        def recorded(*args, **options):
+            calls.append(args)
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, recorded)
+        return calls
+
+    return record
 
 
-# Divergences ----------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# Divergences
 
-Z_Q = torch.tensor([[1, 2, 0.5, -1, 0], [0.2, -0.3, 1.5, 0.7, -2], [3, 0, -1, 0.5, 0.25], [0, 1, 2, 3, 4]]).double()
-Z_P = torch.tensor([[0.5, 1.5, 2, -0.5, -3], [-1, 0.4, 2.2, 0.1, 0.3], [-2, 1, 0.8, 0.6, 0], [4, 3, 2, 1, 0]]).double()
-LOG_P, LOG_Q, LABELS = Z_P.log_softmax(-1), Z_Q.log_softmax(-1), torch.tensor([2, 2, 1, 0])
-GOLDEN = [  # mean over the first three tokens, and where known each of them, or the last
-    ("fkl", {}, 0.881736, [0.499399, 0.262005, 1.883805]), ("rkl", {}, 1.235699, [0.488304, 0.289318, 2.929474]),
-    ("jsd", {"beta": 0.1}, 0.074367, []), ("jsd", {"beta": 0.5}, 0.198544, []), ("jsd", {"beta": 0.9}, 0.088625, []),
-    ("tvd", {}, 0.494317, [0.410373, 0.266062, 0.806517]), ("frkl", {}, (0.881736 + 1.235699) / 2, []),
-    ("sfkl", {"skew": 0.1}, 0.639753, [0.374244, 0.202914, 1.342102]), ("akl", {"mu": 0.5}, 1.111744, [2.560219]),
-    ("srkl", {"skew": 0.1}, 0.693332, [0.355842, 0.216055, 1.508100]), ("taid", {"t": 0.4}, 1.531312, []),
-    ("ab", {"alpha": 0.2, "beta": 0.7}, 1.216299, []), ("ab", {"alpha": 0.5, "beta": 0.5}, 0.896927, []),
-    ("taid", {"t": 1.0}, 2.064631, []), ("cross_entropy", {}, 1.973134, [2.074438, 0.650948, 3.194016])]  # fmt: skip
-BOUND = [("jsd", dict(beta=0.3)), ("sfkl", dict(skew=0.4)), ("srkl", dict(skew=0.4)), ("taid", {}), ("fkl", {}),
-         ("ab", dict(ab_alpha=0.5, ab_beta=0.6)), ("rkl", {}), ("tvd", {})]  # fmt: skip
-# Pairs of what must be equal. Of STEPS the head, up to the token that crosses mu, has a gap of 0.4, the tail of 0.2.
-P, Q, FAR = LOG_P.exp(), LOG_Q.exp(), (torch.eye(4).double() * 100).log_softmax(-1)
-STEPS = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.3, 0.2]]).double().log()
-IDENTITIES = {
-    "fkl and rkl are torch's": lambda p, q: ([okd.fkl(p, q), okd.rkl(p, q)], [kl(p, q), kl(q, p)]),
-    "fkl's slope in q": lambda p, q: (gradient(lambda z: of_logits(okd.fkl)(p, z), q), Q - P),
-    "fkl's slope in p": lambda p, q: (gradient(lambda z: of_logits(okd.fkl)(z, q), p), P * (p - q - kl(p, q)[:, None])),
-    "rkl's slope in q": lambda p, q: (gradient(lambda z: of_logits(okd.rkl)(p, z), q), Q * (q - p - kl(q, p)[:, None])),
-    "jsd is symmetric at a half": lambda p, q: (okd.jsd(p, q, 0.5), okd.jsd(q, p, 0.5)),
-    "jsd mirrors beta": lambda p, q: (okd.jsd(p, q, 0.3), okd.jsd(q, p, 0.7)),
-    "jsd is at most log 2": lambda p, q: (okd.jsd(FAR, FAR.flip(0), 0.5), torch.full((4,), math.log(2)).double()),
-    "fkl is a limit of jsd / beta": lambda p, q: (okd.jsd(p, q, 1e-6) / 1e-6, okd.fkl(p, q)),
-    "fkl at the edge": lambda p, q: ([okd.jsd(p, q, 0), okd.sfkl(p, q, 0), okd.ab(p, q, 1, 0)], [okd.fkl(p, q)] * 3),
-    "rkl at the edge": lambda p, q: ([okd.jsd(p, q, 1), okd.ab(p, q, 0, 1)], [okd.rkl(p, q)] * 2),
-    "sfkl": lambda p, q: (okd.sfkl(p, q, 0.3), (P * (P / (0.3 * P + 0.7 * Q)).log()).sum(-1)),
-    "srkl": lambda p, q: (okd.srkl(p, q, 0.3), (Q * (Q / (0.7 * P + 0.3 * Q)).log()).sum(-1)),
-    "limits of ab": lambda p, q: tuple([okd.ab(p, q, 0.6, edge), okd.ab(p, q, edge, 0.6)] for edge in (0, 1e-7)),
-    "mix": lambda p, q: (okd.mix(p, q, 0.2).exp(), 0.2 * P + 0.8 * Q),
-    "akl: mu's token is in the head": lambda p, q: (okd.akl(*STEPS), (2 * okd.fkl(*STEPS) + okd.rkl(*STEPS)) / 3),
-    "temperature keeps the slope's size": lambda p, q: (2 * ((q / 2).softmax(-1) - (p / 2).softmax(-1)),
-        gradient(lambda z: bound(method="fkl", temperature=2.0)(p, z.log_softmax(-1)), q)),
-    "rouge": lambda *_: (  # lcs("the cat sat", "the cat was sat on") = 3: precision 3/3, recall 3/5, F = 0.75
-        [okd.rouge_l("the cat sat", ["the cat was sat on"]), okd.rouge_l("the cat sat", ["no", "the cat sat"]),
-         okd.rouge_l("", ["the cat"]), okd.rouge_l("running dogs", ["run dog"])], [75.0, 100.0, 0, 100.0])}  # fmt: skip
+Z_P = torch.tensor(
+    [
+        [0.5, 1.5, 2, -0.5, -3],
+        [-1, 0.4, 2.2, 0.1, 0.3],
+        [-2, 1, 0.8, 0.6, 0],
+    ],
+    dtype=torch.float64,
+)
+Z_Q = torch.tensor(
+    [
+        [1, 2, 0.5, -1, 0],
+        [0.2, -0.3, 1.5, 0.7, -2],
+        [3, 0, -1, 0.5, 0.25],
+    ],
+    dtype=torch.float64,
+)
+LABELS = torch.tensor([2, 2, 1])
+LOG_P = Z_P.log_softmax(-1)
+LOG_Q = Z_Q.log_softmax(-1)
+P = LOG_P.exp()
+Q = LOG_Q.exp()
+KL_PQ = kl_divergence(Categorical(P), Categorical(Q))
+KL_QP = kl_divergence(Categorical(Q), Categorical(P))
+TAID_T = 0.6
+TAID_TARGET = (0.4 * Z_Q + 0.6 * Z_P).softmax(-1)
+
+every_divergence = pytest.mark.parametrize("name", okd.DIVERGENCES)
 
 
-@pytest.mark.parametrize("name, parameters, mean, last", GOLDEN)
-def test_golden_numbers(name, parameters, mean, last):
-    function = okd.DIVERGENCES.get(name, lambda _, log_q: okd.cross_entropy(log_q, LABELS[:3]))
-    values = function(LOG_P[:3], LOG_Q[:3], **parameters)
-    assert values.mean().item() == pytest.approx(mean, abs=1e-6)
-    assert values[3 - len(last) :].tolist() == pytest.approx(last, abs=1e-6)
+def random_logits(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", okd.DIVERGENCES)
-def test_zero_at_the_teacher_positive_elsewhere_blind_to_a_constant_finite_and_with_the_right_gradients(name):
-    function, zero = of_logits(okd.DIVERGENCES[name], **{"t": 0.6} if name == "taid" else {}), 0 * Z_P
-    assert_close(function(Z_P, Z_P), Categorical(logits=Z_P).entropy() if name == "taid" else zero[:, 0])
-    if name != "tvd":  # |x| has no gradient at 0; autograd's choice is 0 there, but for rounding
-        assert_close(gradient(lambda q: function(Z_P, q), Z_P), zero, atol=1e-12, rtol=0)
-    p, q = random_logits(50, 11, seed=1), random_logits(50, 11, seed=2)
-    assert (function(p, q) > 0).all()
-    assert_close(function(p + 3, q - 5), function(p, q))
-    p, q = torch.zeros(2, 7), torch.zeros(2, 7)
-    p[:, 1], q[0, 1], q[1, 4] = 1e4, 1e4, 1e4  # sharp, in float32
-    assert function(p, q).isfinite().all() and gradient(lambda q: function(p, q), q).isfinite().all()
-    p, q = random_logits(3, 6, seed=3).requires_grad_(), random_logits(3, 6, seed=4).requires_grad_()
-    if name not in ("akl", "taid"):  # finite differences
-        assert torch.autograd.gradcheck(function, (p, q))
-    else:  # the weights of the one and the target of the other are constants: the truth holds them
-        akl, fkl, rkl = (of_logits(each)(p, q) for each in (okd.akl, okd.fkl, okd.rkl))
-        share, target = ((akl - rkl) / (fkl - rkl)).detach(), (0.4 * q + 0.6 * p).softmax(-1).detach()
-        truth = share * fkl + (1 - share) * rkl if name == "akl" else -(target * q.log_softmax(-1)).sum(-1)
-        assert_close(*(torch.autograd.grad(value.sum(), q)[0] for value in (function(p, q), truth)))
+def divergence(name, z_p, z_q):
+    parameters = {"t": TAID_T} if name == "taid" else {}
+    return okd.DIVERGENCES[name](z_p.log_softmax(-1), z_q.log_softmax(-1), **parameters)
 
 
-@pytest.mark.parametrize("name", IDENTITIES)
-def test_identities(name):
-    assert_close(*IDENTITIES[name](LOG_P, LOG_Q), rtol=1e-4 if "limit" in name else 1e-7, atol=1e-9)
+GOLDEN = """
+fkl           0.881736
+rkl           1.235699
+frkl          1.058718
+jsd  0.1      0.074367
+jsd  0.5      0.198544
+jsd  0.9      0.088625
+tvd           0.494317
+sfkl 0.1      0.639753
+srkl 0.1      0.693332
+akl  0.5      1.111744
+ab   0.2 0.7  1.216299
+ab   0.5 0.5  0.896927
+taid 0.4      1.531312
+taid 1.0      2.064631
+"""
+
+
+def value_of(line):
+    """A divergence with its parameters, as "jsd 0.1" -> its values, (3,)."""
+    name, *parameters = line.split()
+    return okd.DIVERGENCES[name](LOG_P, LOG_Q, *map(float, parameters))
+
+
+@pytest.mark.parametrize("line", GOLDEN.strip().splitlines())
+def test_divergence_has_the_golden_mean(line):
+    line, expected = line.rsplit(maxsplit=1)
+    assert value_of(line).mean().item() == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("line", ["fkl", "jsd 0", "sfkl 0", "ab 1 0"])
+def test_this_divergence_is_kl_of_p(line):
+    assert_close(value_of(line), KL_PQ)
+
+
+@pytest.mark.parametrize("line", ["rkl", "jsd 1", "srkl 0", "ab 0 1"])
+def test_this_divergence_is_kl_of_q(line):
+    assert_close(value_of(line), KL_QP)
+
+
+@every_divergence
+def test_divergence_is_positive_away_from_the_teacher(name):
+    values = divergence(name, random_logits(50, 11, seed=1), random_logits(50, 11, seed=2))
+    assert (values > 0).all()
+
+
+@every_divergence
+def test_divergence_is_least_at_the_teacher(name):
+    def loss(z_q):
+        return divergence(name, Z_P, z_q)
+
+    least = Categorical(P).entropy() if name == "taid" else torch.zeros_like(KL_PQ)
+    assert_close(loss(Z_P), least)
+    assert_close(gradient(loss, Z_P), torch.zeros_like(Z_P), atol=1e-12, rtol=0)
+
+
+@every_divergence
+def test_divergence_of_sharp_distributions_is_finite(name):
+    peaks = 1e4 * torch.eye(7)
+    z_p = peaks[[1, 1]]
+    z_q = peaks[[1, 4]]
+
+    def loss(z):
+        return divergence(name, z_p, z)
+
+    assert loss(z_q).isfinite().all()
+    assert gradient(loss, z_q).isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(okd.DIVERGENCES.keys() - {"akl", "taid"}))
+def test_gradients_are_those_of_finite_differences(name):
+    z_p = random_logits(3, 6, seed=3).requires_grad_()
+    z_q = random_logits(3, 6, seed=4).requires_grad_()
+
+    def loss(z_p, z_q):
+        return divergence(name, z_p, z_q)
+
+    assert torch.autograd.gradcheck(loss, (z_p, z_q))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fkl", Q - P),
+        ("rkl", Q * (LOG_Q - LOG_P - KL_QP[:, None])),
+        ("taid", Q - TAID_TARGET),
+    ],
+)
+def test_gradient_in_q_is_the_closed_form(name, expected):
+    def loss(z):
+        return divergence(name, Z_P, z)
+
+    assert_close(gradient(loss, Z_Q), expected)
+
+
+def test_gradient_of_fkl_in_p_has_the_entropy():
+    def loss(z):
+        return divergence("fkl", z, Z_Q)
+
+    assert_close(gradient(loss, Z_P), P * (LOG_P - LOG_Q - KL_PQ[:, None]))
+
+
+def test_mix_is_the_weighted_mean_of_probabilities():
+    assert_close(okd.mix(LOG_P, LOG_Q, 0.2).exp(), 0.2 * P + 0.8 * Q)
+
+
+def test_jsd_of_disjoint_distributions_is_log_2():
+    log_p = (100 * torch.eye(2)).log_softmax(-1)
+    assert okd.jsd(log_p, log_p.flip(0)).tolist() == pytest.approx([math.log(2)] * 2)
+
+
+def test_ab_at_beta_zero_is_its_limit():
+    limit = okd.ab(LOG_P, LOG_Q, 0.6, 1e-7)
+    assert_close(okd.ab(LOG_P, LOG_Q, 0.6, 0), limit, rtol=1e-5, atol=0)
+
+
+def test_akl_weighs_by_the_gaps_as_constants():
+    log_p = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    log_q = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
+
+    def akl(z):
+        return okd.akl(log_p, z.log_softmax(-1))
+
+    def expected(z):  # gaps: .3 + .1 over the head, the first two tokens, .1 + .1 over the tail
+        log_q = z.log_softmax(-1)
+        return (2 * okd.fkl(log_p, log_q) + okd.rkl(log_p, log_q)) / 3
+
+    assert_close(akl(log_q), expected(log_q))
+    assert_close(gradient(akl, log_q), gradient(expected, log_q))
+
+
+def test_taid_schedule_follows_its_rule():
+    schedule = okd.TaidSchedule()
+    t = 0.4
+    trend = 0.0
+    previous = 3.0  # the first step has no change yet
+    for step, loss in enumerate([3.0, 2.5, 2.6, 1.0]):
+        schedule.step(torch.tensor(loss), progress=step / 10)
+        trend = 0.99 * trend + 0.01 * (previous - loss) / previous
+        faster = t + 5e-4 / (1 + math.exp(-trend)) * (1 - t)
+        t = max(0.4 + 0.6 * step / 10, faster)
+        previous = loss
+        assert schedule.t.item() == pytest.approx(t, abs=1e-6)
+        assert schedule.trend.item() == pytest.approx(trend, abs=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# Losses
+
+LOG_P0 = random_logits(3, 5, seed=5).log_softmax(-1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("name, flags", BOUND, ids=[name for name, _ in BOUND])
-def test_flags_reach_the_divergence_and_the_temperature_softens_both_sides(name, flags, temperature):
-    own = {flag.removeprefix("ab_"): value for flag, value in flags.items()} | ({"t": 0.6} if name == "taid" else {})
-    expected = temperature**2 * of_logits(okd.DIVERGENCES[name], **own)(Z_P / temperature, Z_Q / temperature)
-    assert_close(bound(divergence=name, temperature=temperature, **flags)(LOG_P, LOG_Q), expected)
+def test_gradient_at_a_temperature_keeps_its_size(temperature):
+    def loss(z):
+        return okd.student_loss(LOG_P, z.log_softmax(-1), LABELS, temperature=temperature)
+
+    heated_p = (Z_P / temperature).softmax(-1)
+    heated_q = (Z_Q / temperature).softmax(-1)
+    assert_close(gradient(loss, Z_Q), temperature * (heated_q - heated_p))
 
 
-def test_taid_step_against_the_rule_written_out():
-    scalars = dict(taid_t=torch.tensor(0.4), taid_momentum=torch.tensor(0.0), taid_loss=torch.tensor(math.inf))
-    t, momentum, previous = 0.4, 0.0, math.inf
-    for i, loss in enumerate([3.0, 2.5, 2.6, 1.0]):
-        okd.taid_step(scalars, torch.tensor(loss), progress=i / 10, start=0.4)
-        momentum = 0.99 * momentum + 0.01 * ((previous - loss) / previous if i else 0.0)
-        t, previous = min(1.0, max(0.4 + 0.6 * i / 10, t + 5e-4 / (1 + math.exp(-momentum)) * (1 - t))), loss
-        assert (scalars["taid_t"].item(), scalars["taid_momentum"].item()) == pytest.approx((t, momentum), abs=1e-6)
-    okd.taid_step(scalars, torch.tensor(math.nan), progress=0.4)  # a skipped step
-    assert scalars["taid_loss"] == 1.0 and scalars["taid_t"].isfinite() and scalars["taid_momentum"].isfinite()
+def test_student_loss_weighs_divergence_and_cross_entropy():
+    loss = okd.student_loss(LOG_P, LOG_Q, LABELS, "jsd", {"beta": 0.3}, ce_weight=0.2)
+    expected = 0.8 * okd.jsd(LOG_P, LOG_Q, 0.3) + 0.2 * okd.cross_entropy(LOG_Q, LABELS)
+    assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("alpha, anchor", [(0.5, 0.0), (0.0, 0.0), (1.0, 0.0), (0.35, 0.7), (1.0, 0.3)])
-def test_the_teachers_gradient_is_that_of_eq_16_and_vanishes_at_the_mixture_of_gold_student_and_start(alpha, anchor):
-    (p, q, p0), labels = (random_logits(5, 7, seed=seed).log_softmax(-1) for seed in (1, 2, 3)), torch.arange(5)
-    mixture = ((1 - alpha) * F.one_hot(labels, 7).double() + alpha * q.exp() + anchor * p0.exp()) / (1 + anchor)
-    loss = lambda z: okd.teacher_loss(z.log_softmax(-1), q, p0, labels, alpha, anchor)
-    # KL(q || p_f) and KL(p_0 || p_f) pull p_f to q and to p_0, CE to the gold token, each with its weight
-    assert_close(gradient(loss, p), (1 + anchor) * (p.exp() - mixture))
-    if alpha > 0:  # else the mixture is one-hot, and no logits have it
-        assert_close(gradient(loss, mixture.log()), torch.zeros_like(p), atol=1e-12, rtol=0)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--divergence jsd --beta 0.3", {"beta": 0.3}),
+        ("--divergence srkl --skew 0.4", {"skew": 0.4}),
+        ("--divergence ab --ab-alpha 0.5 --ab-beta 0.6", {"alpha": 0.5, "beta": 0.6}),
+        ("--divergence taid", {"t": TAID_T}),
+    ],
+)
+def test_flags_reach_their_divergence(flags, expected):
+    assert okd.divergence_parameters(make_args(flags), TAID_T) == expected
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_losses_and_measures_are_those_of_torch_and_neither_loss_reaches_into_the_other_network(temperature):
-    (p, q, p0), labels = (random_logits(6, 9, seed=seed).requires_grad_() for seed in (1, 2, 3)), torch.arange(6)
-    log_p, log_q, log_p0 = (z.log_softmax(-1) for z in (p, q, p0))
-    gold_p, gold_q = (-Categorical(logits=z).log_prob(labels) for z in (p, q))
-    pull, back = kl(q, p, temperature), kl(p0, p, temperature)
-    loss = functools.partial(okd.teacher_loss, log_p, log_q, log_p0, labels, temperature=temperature)
-    assert_close([loss(alpha=0.0), loss(alpha=1.0)], [gold_p, pull])
-    assert_close(loss(alpha=0.3, anchor=0.4), 0.7 * gold_p + 0.3 * pull + 0.4 * back)
-    for weight in (0.0, 0.3, 1.0):
-        student_loss = okd.student_loss(log_p, log_q, labels, okd.rkl, weight)
-        assert_close(student_loss, (1 - weight) * kl(q, p) + weight * gold_q)
-    student_loss = okd.student_loss(log_p, log_q, labels, okd.fkl, 0.5)
-    for value, others in ((student_loss, (p, p0)), (loss(alpha=0.5, anchor=1.0), (q, p0))):
-        assert torch.autograd.grad(value.sum(), others, allow_unused=True) == (None, None)
-    expected = dict(fkl=kl(p0, q), rkl=kl(q, p0), drift=kl(p0, p), student_ce=gold_q, teacher_ce=gold_p,
-                    student_entropy=Categorical(logits=q).entropy(), teacher_entropy=Categorical(logits=p).entropy(),
-                    top1_agreement=(p0.argmax(-1) == q.argmax(-1)).float())  # fmt: skip
-    assert_all_close(okd.measure(log_p, log_q, log_p0, labels), expected)
+def test_teacher_loss_is_equation_16_with_anchor():
+    loss = okd.teacher_loss(LOG_P, LOG_Q, LOG_P0, LABELS, 0.3, 0.4, temperature=2.0)
+    p, q, p0 = [Categorical(logits=z / 2) for z in (LOG_P, LOG_Q, LOG_P0)]
+    gold = okd.cross_entropy(LOG_P, LABELS)
+    expected = 0.7 * gold + 4 * (0.3 * kl_divergence(q, p) + 0.4 * kl_divergence(p0, p))
+    assert_close(loss, expected)
 
 
-# Data -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("alpha", "anchor"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.35, 0.7)])
+def test_teacher_moves_towards_the_mixture(alpha, anchor):
+    gold = torch.nn.functional.one_hot(LABELS, 5)
+    mixture = ((1 - alpha) * gold + alpha * Q + anchor * LOG_P0.exp()) / (1 + anchor)
 
-BARE = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\nSum.\n\n### Response:\n")  # fmt: skip
-PAIRED = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-          "Write a response that appropriately completes the request.\n\n### Instruction:\nSum.\n\n"
-          "### Input:\n1 2\n\n### Response:\n")  # fmt: skip
-FORMS = [
-    (dict(prompt="p", response="r"), "p", ["r"]), (dict(instruction="Sum.", input="1 2", output="3"), PAIRED, ["3"]),
-    (dict(instruction="Sum.", context="1 2", response="3"), PAIRED, ["3"]),  # as Dolly's own file has it
-    (dict(instruction="Sum.", input="", output=["a", "b"], prompt="x"), BARE, ["a", "b"])]  # fmt: skip
-TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}TURN\n{% endfor %}{% if add_generation_prompt %}"
-            "<assistant>{% if enable_thinking is false %}!{% endif %}{% endif %}")  # fmt: skip
+    def loss(z):
+        return okd.teacher_loss(z.log_softmax(-1), LOG_Q, LOG_P0, LABELS, alpha, anchor)
+
+    assert_close(gradient(loss, Z_P), (1 + anchor) * (P - mixture))
 
 
-def test_unusable_rows_are_dropped_and_counted_long_ones_cut_unread_fields_said_once(tokenizer, capsys, jsonl):
-    data = okd.load_data(okd.Args(data=str(jsonl)), tokenizer)  # what is scored was neither trained on nor looked at
-    assert len({row.prompt for rows in data.values() for row in rows}) == sum(map(len, data.values())) == 40
-    (one := jsonl.with_name("one")).write_text(jsonl.read_text().splitlines()[0])
-    assert [len(rows) for rows in okd.load_data(okd.Args(data=str(one)), tokenizer).values()] == [1, 1, 1]
-    rows = [("ok", "yes"), ("x" * 9, "long prompt"), ("empty", ""), ("cut", "y" * 30)]
-    lines = [json.dumps(dict(prompt=prompt, response=response, passage="input, or not?")) for prompt, response in rows]
-    kept = okd.read_rows("here", lines, tokenizer, tiny_args(max_length=12, max_prompt_length=8))
-    assert [row.prompt for row in kept] == ["ok", "cut"] and kept[0].response_ids[-1] == tokenizer.eos_token_id
-    assert len(kept[1]) == 12 and tokenizer.eos_token_id not in kept[1].response_ids  # no false end
-    assert len(kept[0].answered(list(range(5, 205)), 96)) == 96  # so is sampled text
-    out = capsys.readouterr().out
-    assert "here: 2 of 4 rows kept" in out and out.count("fields that are not read: passage") == 1
+def test_losses_reach_no_other_network():
+    log_p, log_q, log_p0 = [z.clone().requires_grad_() for z in (LOG_P, LOG_Q, LOG_P0)]
+    okd.student_loss(log_p, log_q, LABELS, ce_weight=0.5).sum().backward()
+    assert log_p.grad is None
+    log_q.grad = None
+    okd.teacher_loss(log_p, log_q, log_p0, LABELS, anchor=1.0).sum().backward()
+    assert log_q.grad is None
+    assert log_p0.grad is None
 
 
-@pytest.mark.parametrize("row, prompt, references", FORMS)
-def test_forms_of_rows_and_the_template_is_alpacas(row, prompt, references, tokenizer):
-    read, ids = okd.read_row(row, tokenizer), tokenizer(references[0], add_special_tokens=False).input_ids
-    assert (read.prompt, read.references) == (prompt, references)
-    assert read.response_ids == [*ids, tokenizer.eos_token_id] and tokenizer.decode(read.prompt_ids) == prompt
+def test_policy_gradient_is_that_of_the_expected_reward():
+    z_p, z_q, rewards = random_logits(3, 2, seed=6) / 10
+    tokens = torch.tensor([0, 1])  # the whole vocabulary, so an expectation is a weighted sum
+    log_q = z_q.log_softmax(-1)
+    log_mixture = okd.mix(z_p.log_softmax(-1), log_q, okd.TEACHER_SHARE)
+    weights = (log_q - log_mixture).exp()
+
+    def expected_loss(z):  # over tokens drawn from the mixture, corrected by importance weights
+        log_probs = z.log_softmax(-1).expand(2, 2)
+        losses = okd.policy_loss(log_probs, tokens, rewards, log_q, weights)
+        return (log_mixture.exp() * losses).sum()
+
+    def expected_reward(z):  # over tokens drawn from q
+        return (z.softmax(-1) * rewards).sum()
+
+    assert_close(gradient(expected_loss, z_q), -gradient(expected_reward, z_q))
 
 
-@pytest.mark.parametrize("turn, stops", [("<extra_id_5>", [1, 264]), ("</s>", [1])])
-def test_the_end_of_a_turn_comes_from_the_chat_template_is_the_target_and_stops_generation(turn, stops):
-    tokenizer, chat = okd.load_tokenizer("demo", okd.Args()), [("user", "hi"), ("assistant", "yo")]
-    assert okd.ends(tokenizer) == [1]  # without a template
-    tokenizer.chat_template = TEMPLATE.replace("TURN", turn)
-    row = okd.read_row(dict(messages=[dict(role=role, content=text) for role, text in chat]), tokenizer)
-    assert (okd.ends(tokenizer), row.references) == (stops, ["yo"])
-    assert row.prompt == f"<user>hi{turn}\n<assistant>!"  # !: told not to think first
-    assert row.response_ids == [*tokenizer("yo", add_special_tokens=False).input_ids, stops[-1]]
-    assert okd.read_row(dict(prompt="p", response="r"), tokenizer).response_ids[-1] == 1  # no turn, no end of one
-    for end in stops:
-        assert okd.generate(parrot(4.0, (70, 71, end)), tokenizer, [[80, 81], [82]], CPU, 9) == [[70, 71, end]] * 2
+@pytest.mark.parametrize(
+    ("advantage", "weight", "loss", "moves"),
+    [
+        (1.0, 1.5, -1.2, False),  # good and already likelier than clip allows: clipped
+        (1.0, 0.5, -0.5, True),
+        (-1.0, 1.5, 1.5, True),
+        (-1.0, 0.5, 0.8, False),  # bad and already less likely: clipped
+    ],
+)
+def test_policy_loss_is_clipped_where_that_enlarges_it(advantage, weight, loss, moves):
+    token = torch.tensor([0])
+    sampled_log_q = math.log(0.5)  # q has not moved: the ratio is the weight
+
+    def policy_loss(z):
+        return okd.policy_loss(z.log_softmax(-1), token, advantage, sampled_log_q, weight)
+
+    z = torch.zeros(1, 2)
+    assert policy_loss(z).item() == pytest.approx(loss)
+    assert bool(gradient(policy_loss, z).any()) == moves
 
 
-def test_prompt_and_response_are_tokenised_apart_and_the_template_is_that_of_the_hubs_rows(tokenizer):
-    merge = lambda text, **_: mock.Mock(input_ids=[dict(a=5, b=6, ab=7)[text]])
-    row = okd.read_row(dict(prompt="a", response="b"), mock.Mock(side_effect=merge, eos_token_id=0))
-    assert (row.prompt_ids, row.response_ids) == ([5], [6, 0])
-    folder = ROOT.parent / "shared" / "data" / "raw_format"
-    if not folder.exists():
-        pytest.skip("the samples in the hub's own format are not here")
-    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in open(path)]
-    carried = [row for row in rows if "### Response:" in row.get("prompt", "")]
-    assert carried and all(okd.read_row(row, tokenizer).prompt.strip() == row["prompt"].strip() for row in carried)
+# -----------------------------------------------------------------------------
+# The method table
 
 
-def test_demo_rows_are_seeded_and_share_no_prompt_and_an_epoch_sees_every_row_once_in_an_order_of_its_own():
-    rows = okd.demo_rows(1000, seed=0)
-    assert rows == okd.demo_rows(1000, seed=0) and rows != okd.demo_rows(1000, seed=1)
-    assert len({row["prompt"] for row in rows}) == 1000
-    assert all(1 < len(set(row["response"])) == len(row["response"]) for row in rows)
-    rows = [example([i], list(range((7 * i) % 31 + 1))) for i in range(100)]
-    epoch = lambda seed, n: [okd.batch_of(rows, 10, seed, n * 10 + i) for i in range(10)]
-    first = epoch(1, 0)
-    assert sorted(row.prompt_ids[0] for batch in first for row in batch) == list(range(100))
-    assert first == epoch(1, 0) and first != epoch(1, 1) and first != epoch(2, 0)
-    assert all(len(max(batch, key=len)) - len(min(batch, key=len)) <= 5 for batch in first)  # of like length
+METHODS = """
+sft       fkl   data      False  1.0  0.0
+fkl       fkl   data      False  0.0  0.0
+rkl       rkl   data      False  0.0  0.0
+frkl      frkl  data      False  0.0  0.0
+jsd       jsd   data      False  0.0  0.0
+tvd       tvd   data      False  0.0  0.0
+sfkl      sfkl  data      False  0.0  0.0
+srkl      srkl  data      False  0.0  0.0
+akl       akl   data      False  0.0  0.0
+ab        ab    data      False  0.0  0.0
+taid      taid  data      False  0.0  0.0
+seqkd     fkl   teacher   False  1.0  0.0
+imitkd    fkl   student   False  0.0  1.0
+gkd       jsd   student   False  0.0  0.5
+opd       rkl   student   False  0.0  1.0
+distillm  srkl  adaptive  False  0.0  0.0
+minillm   rkl   mixture   False  0.0  0.0
+okd       fkl   data      True   0.0  0.0
+"""
 
 
-def test_labels_are_the_next_tokens_and_eos_counts_and_micro_batches_hold_to_tokens_and_lose_no_row(examples):
-    batch = okd.collate([example([1, 2, 3], [4, 5, 0]), example([1], [6, 0]), example([2, 3], [9])], "cpu")
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 0], [1, 6, 0, 0, 0, 0], [2, 3, 9, 0, 0, 0]]
-    assert batch.labels.tolist() == [4, 5, 0, 6, 0, 9]  # both EOS targets, none of the padding, which is EOS, too
-    assert batch.positions.tolist() == [2, 3, 4, 6, 7, 13] and batch.states is None and len(batch.rollout) == 0
-    unpadded = lambda batches: sorted(row[: row.index(1) + 1] for batch in batches for row in batch.input_ids.tolist())
-    args, rows = tiny_args(micro_batch_tokens=100), examples[:39]
-    whole = sorted(row.prompt_ids + row.response_ids for row in rows)
-    shares = [list(okd.micro_batches(rows, args, dataclasses.replace(CPU, rank=rank, world=3))) for rank in range(3)]
-    assert len(set(map(len, shares))) == 1 and unpadded(sum(shares, [])) == whole
-    assert all(len(piece.input_ids) == 1 or piece.input_ids.numel() <= 100 for piece in sum(shares, []))
-    assert unpadded(okd.micro_batches(rows, args, dataclasses.replace(CPU, world=3), share=False)) == whole
-    args.micro_batch_tokens = 1
-    assert [len(piece.input_ids) for piece in okd.micro_batches(examples[:3], args, CPU)] == [1, 1, 1]
+@pytest.mark.parametrize("line", METHODS.strip().splitlines())
+def test_method_sets_the_columns_of_its_row(line):
+    method, *row = line.split()
+    args = make_args(method=method)
+    columns = (args.divergence, args.text, args.teacher_moves)
+    assert [str(x) for x in (*columns, args.student_ce_weight, args.sgo_fraction)] == row
 
 
-# Trunk, head and chunks against the plain way -------------------------------------------------------------------------
-
-EXACT, ROUGH = dict(atol=1e-10, rtol=1e-7), dict(atol=1e-5, rtol=1e-5)
-CLOSE = dict.fromkeys(CONFIGS, EXACT) | dict(gemma2=ROUGH, cohere=ROUGH)  # always a softmax or a norm in float32
-CHUNKED = [(family, "jsd") for family in CONFIGS] + [("gpt2", name) for name in okd.DIVERGENCES if name != "jsd"]
-backward = torch.Tensor.backward
-as_is = lambda self: self if self.dtype == torch.float64 else self.to(torch.float32)
-float64_head = pytest.fixture(lambda monkeypatch: monkeypatch.setattr(torch.Tensor, "float", as_is))
-both_losses = lambda divergence=okd.fkl: lambda p, q, p0, labels, _: dict(
-    student_loss=okd.student_loss(p, q, labels, divergence, 0.2),
-    teacher_loss=okd.teacher_loss(p, q, p0, labels, 0.5, 0.3))  # fmt: skip
-
-
-@pytest.mark.parametrize("with_lora", [False, True])
-@pytest.mark.parametrize("family", CONFIGS)
-def test_trunk_and_head_are_the_models_logits_whatever_the_padding(family, with_lora, examples, float64_head):
-    model = tiny(family, dtype=torch.float64)
-    model = with_module(model, tiny_args(lora_targets="all-linear"), 2, std=0.1) if with_lora else model
-    rows = [*examples[:4], examples[4].answered([1], 96), example([5] * 60, [6] * 30)]  # the last one pads them all
-    hidden, head = okd.trunk(model, okd.collate(rows, "cpu"))
-    assert_close(head(hidden), plain_logits(model, *rows), **CLOSE[family])
+@pytest.mark.parametrize(
+    ("flags", "label"),
+    [
+        ("--method fkl --temperature 2", "fkl temperature=2.0"),
+        ("--method okd", "okd"),
+        ("--method gkd --sgo-fraction 0.5", "gkd"),
+        ("--divergence jsd --beta 0.1", "okd divergence=jsd beta=0.1"),
+        ("--method fkl --seed 3 --micro-batch-tokens 9", "fkl"),
+    ],
+)
+def test_label_names_what_differs_from_the_defaults(flags, label):
+    args = okd.parse_args(["--teacher", "t", *flags.split()])
+    assert okd.run_label(args) == label
 
 
-@pytest.mark.parametrize("family, name", CHUNKED)
-def test_chunks_give_the_plain_losses_and_gradients_of_both_networks(family, name, examples, float64_head, monkeypatch):
-    losses, rows, close = both_losses(bound(divergence=name)), examples[:5], CLOSE[family]
-    student, teacher = pair(tiny_args(lora_targets="all-linear"), family, 0.1, dtype=torch.float64)
-    moving = [p for model in (student, teacher) for p in model.parameters() if p.requires_grad]
+METRICS = """
+phase step
+train/student_loss train/student_grad_norm train/lr train/phi train/loss_scale
+train/sampling_s train/process_peak_gb train/tokens_per_s
+dev/fkl dev/rkl dev/student_ce dev/teacher_ce dev/frozen_teacher_ce
+dev/student_entropy dev/teacher_entropy dev/top1_agreement dev/drift
+"""
+OWN_METRICS = {"okd": "train/teacher_loss train/teacher_grad_norm", "taid": "train/taid_t"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", okd.METHODS)
+def test_method_trains_and_reports_as_all_do(method, family, train, examples):
+    args = make_args("--select last --eval-every 1 --max-new-tokens 4", method=method)
+    student, _, records = train(args, tiny_pair(args, family), dev_rows=examples[:3])
+    assert changed(tiny_model(family, seed=1), student) == set(student.state_dict())
+    found = set()
+    for record in records:
+        assert all(math.isfinite(value) for name, value in record.items() if "/" in name)
+        found |= record.keys()
+    assert found == set((METRICS + OWN_METRICS.get(method, "")).split())
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+
+def test_labels_are_shifted_and_eos_is_a_target():
+    batch = okd.collate([make_row([1, 2, 3], [4, 5, 0]), make_row([1], [6, 0])], "cpu")
+    # Padding is 0, too, which is EOS here: it is told apart by lengths, not by ids.
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 0], [1, 6, 0, 0, 0, 0]]
+    assert batch.labels.tolist() == [4, 5, 0, 6, 0]
+    assert batch.positions.tolist() == [2, 3, 4, 6, 7]
+
+
+def labels_in(batches):
+    return sorted(torch.cat([batch.labels for batch in batches]).tolist())
+
+
+def test_micro_batches_keep_every_row_and_the_limit(examples):
+    batches = list(okd.micro_batches(examples, 100, CPU))
+    assert labels_in(batches) == sorted(labels_of(examples).tolist())
+    for batch in batches:
+        assert batch.input_ids.numel() <= 100 or len(batch.input_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "longest", "max_tokens", "sizes"),
+    [
+        (52, 16, 9999, [52, 1]),  # 520 tokens, and 16 is more than 1.5 times 10
+        (52, 15, 9999, [53]),
+        (51, 16, 9999, [52]),  # 510 tokens are too few for a micro-batch of their own
+        (2, 10, 1, [1, 1, 1]),  # rows above the limit
+    ],
+)
+def test_micro_batches_are_cut_by_length(num_rows, longest, max_tokens, sizes):
+    rows = [make_row([1], [2] * 9)] * num_rows + [make_row([1], [2] * (longest - 1))]
+    batches = okd.micro_batches(rows, max_tokens, CPU)
+    assert [len(batch.input_ids) for batch in batches] == sizes
+
+
+def test_processes_share_rows_in_equally_many_micro_batches(examples):
+    shares = []
+    for rank in range(3):
+        hw = dataclasses.replace(CPU, rank=rank, world=3)
+        shares.append(list(okd.micro_batches(examples[:39], 100, hw)))
+    assert len(shares[0]) == len(shares[1]) == len(shares[2])
+    assert labels_in(sum(shares, [])) == sorted(labels_of(examples[:39]).tolist())
+
+
+def epoch_of(rows, batch_size, epoch, seed=1):
+    steps = len(rows) // batch_size
+    first = epoch * steps
+    return [okd.batch_of(rows, batch_size, seed, step) for step in range(first, first + steps)]
+
+
+def test_each_epoch_is_a_permutation_of_its_own():
+    orders = set()
+    for epoch, seed in ((0, 1), (1, 1), (0, 2), (0, 1)):
+        orders.add(tuple(sum(epoch_of(range(40), 10, epoch, seed), [])))
+    assert [sorted(order) for order in orders] == [list(range(40))] * 3
+
+
+def test_over_epochs_every_response_token_weighs_the_same():
+    """With rows of like length in a batch, a token of a long row would weigh 30 times less."""
+    rows = [[2] * length for length in range(1, 41)]
+    weights = [0.0] * 41
+    for epoch in range(100):
+        for batch in epoch_of(rows, 8, epoch):
+            for row in batch:
+                weights[len(row)] += 1 / sum(map(len, batch))
+    for length in range(1, 41):  # beside seven other rows of 20.5 tokens in the mean
+        assert weights[length] == pytest.approx(100 / (length + 7 * 20.5), rel=0.15)
+
+
+# -----------------------------------------------------------------------------
+# One micro-batch against plain forwards
+
+
+def backpropagate(args, student, teacher, rows, hw=CPU):
+    """One micro-batch by okd -> the means of its losses."""
     batch = okd.collate(rows, "cpu")
+    num_tokens = len(batch.labels)
+    scaler = okd.make_scaler(hw)
+    sums = okd.train_micro_batch(args, student, teacher, batch, hw, scaler, num_tokens, TAID_T)
+    return [total / num_tokens for total in sums.values()]
+
+
+def plain_losses(args, student, teacher, rows):
+    """Means of L_S and L_T over the response tokens."""
+    labels = labels_of(rows)
+    log_p = plain_log_probs(teacher, rows)
+    log_q = plain_log_probs(student, rows)
     with torch.no_grad(), teacher.disable_adapter():
-        log_p0 = plain(teacher, rows)
-    terms = losses(plain(teacher, rows), plain(student, rows), log_p0, batch.labels, None)
-    expected = {name: term.sum() for name, term in terms.items()}
-    truth = torch.autograd.grad(sum(expected.values()), moving)
-    monkeypatch.setattr(okd, "CHUNK_ELEMENTS", 384 * 7)  # seven tokens a chunk
-    sums = okd.run_batch(student, teacher, batch, CPU, losses, backward, need_p0=True)
-    assert_all_close(sums, expected, **close)
-    assert_close([p.grad for p in moving], list(truth), **close)
+        log_p0 = plain_log_probs(teacher, rows)
+    parameters = okd.divergence_parameters(args, TAID_T)
+    weights = (args.student_ce_weight, args.temperature)
+    student_loss = okd.student_loss(log_p, log_q, labels, args.divergence, parameters, *weights)
+    weights = (args.alpha, args.anchor, args.temperature)
+    teacher_loss = okd.teacher_loss(log_p, log_q, log_p0, labels, *weights)
+    return student_loss.mean(), teacher_loss.mean()
 
 
-def test_in_bfloat16_chunks_give_the_plain_losses_to_its_rounding(examples, monkeypatch):
-    student, teacher, rows = tiny(seed=1), tiny(seed=2, dtype=torch.bfloat16).requires_grad_(False), examples[:5]
-    with BF16.autocast():
-        expected = okd.fkl(plain(teacher, rows), plain(student, rows)).sum()
-    truth = torch.autograd.grad(expected, list(student.parameters()))
-    monkeypatch.setattr(okd, "CHUNK_ELEMENTS", 384 * 7)
-    batch, losses = okd.collate(rows, "cpu"), lambda log_p, log_q, *_: dict(loss=okd.fkl(log_p, log_q))
-    sums = okd.run_batch(student, teacher, batch, BF16, losses, backward)
-    assert_close(sums["loss"], expected.detach(), rtol=1e-2, atol=0)
-    assert all((p.grad - wanted).norm() <= 0.02 * wanted.norm() for p, wanted in zip(student.parameters(), truth))
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(okd, "LOGITS_PER_CHUNK", 7 * VOCAB_SIZE)  # seven tokens
 
 
-@pytest.mark.parametrize("device, times", [("cpu", 1), ("cuda", 8), ("mps", 8)])
-def test_no_tensor_holds_more_logits_than_a_chunk_which_is_larger_off_the_cpu(device, times, examples, monkeypatch):
-    vocab, size, seen, parts, hw = 1000, 5 * times, [], [], mock.MagicMock()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            seen.extend(getattr(each, "shape", ()) for each in torch.utils._pytree.tree_leaves(result))
-            return result
-
-    hw.device.type = device
-    monkeypatch.setattr(okd, "CHUNK_ELEMENTS", vocab * 5)
-    batch, (student, teacher) = okd.collate(examples, "cpu"), pair(tiny_args(), vocab_size=vocab)
-    losses = lambda *logs: parts.append(len(logs[0])) or both_losses()(*logs) | okd.measure(*logs)
-    with Watch():
-        okd.run_batch(student, teacher, batch, hw, losses, backward, need_p0=True)
-    largest = max(shape.numel() for shape in seen if shape[-1:] == (vocab,) and shape != (32, vocab))  # the head's
-    assert okd.GPU_CHUNKS == 8 and largest == vocab * size and max(parts) == size
-    assert len(batch.labels) == sum(parts) > 4 * size
+ALL_LOSSES = "--student-ce-weight 0.25 --temperature 2 --alpha 0.35 --anchor 0.1 --beta 0.3"
+CASES = [("gpt2", name, CPU) for name in okd.DIVERGENCES]
+CASES += [("llama", "fkl", CPU), ("gemma2", "fkl", CPU), ("gpt2", "fkl", BF16)]
 
 
-def test_gpt2s_gelu_is_loaded_as_one_kernel_and_dropout_as_asked(folders):
-    path, ids = str(folders / "gpt2" / "teacher"), torch.arange(40)[None]
-    rates = lambda model: {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
-    original = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-    student, teacher = (okd.load_model(path, "", tiny_args(), torch.float32, dropout=on) for on in (True, False))
-    names = [model.config.activation_function for model in (original, student, teacher)]
-    assert names == ["gelu_new", "gelu_pytorch_tanh", "gelu_pytorch_tanh"]
-    assert_close(teacher(ids).logits, original(ids).logits, atol=1e-6, rtol=0)
-    assert (rates(student), rates(teacher)) == ({0.1}, {0.0})
+@pytest.mark.parametrize(("family", "name", "hw"), CASES)
+def test_chunked_gradients_are_those_of_plain_forwards(family, name, hw, examples, small_chunks):
+    args = make_args(ALL_LOSSES, divergence=name)
+    networks = tiny_pair(args, family, lora_std=0.1, dtype=hw.dtype)
+    losses = backpropagate(args, *networks, examples[:5], hw)
+    found = gradients_of(*networks)
+
+    for network in networks:
+        network.zero_grad()
+    with hw.autocast():
+        expected = plain_losses(args, *networks, examples[:5])
+    sum(expected).backward()
+    tolerance = 1e-4 if hw is CPU else 0.03
+    assert_close(losses, [loss.detach() for loss in expected], rtol=tolerance, atol=0)
+    for ours, plain in zip(found, gradients_of(*networks), strict=True):
+        assert (ours - plain).norm() <= tolerance * plain.norm()
 
 
-# Training: who moves, what a batch's split changes (nothing), precision -----------------------------------------------
+@pytest.fixture
+def kept_gradients(monkeypatch):
+    """The gradients that an optimizer stepped on are left."""
 
-QUERY_VALUE = {"self_attn.q_proj", "self_attn.v_proj"}
-CARRY = [
-    ("gpt2", [], 0, {"attn.c_attn"}, "0123"), ("llama", [], 0, QUERY_VALUE, "0123"),
-    ("gpt2", [], 2, {"attn.c_attn"}, "23"), ("llama", [], 1, QUERY_VALUE, "3"),
-    ("gpt2", ["--lora-targets=all-linear"], 0, {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}, "0123"),
-    ("llama", ["--lora-targets=k_proj,o_proj"], 0, {"self_attn.k_proj", "self_attn.o_proj"}, "0123")]  # fmt: skip
-MEASURED = {"fkl", "rkl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy", "top1_agreement", "drift"}
-REPORTED = {"student_loss", "student_grad_norm", "lr", "phi", "taid_t", "skipped_steps", "tokens_per_s", "sampling_s",
-            "peak_memory_gb"} | MEASURED  # fmt: skip
+    def keep(optimizer):
+        pass
 
-
-def test_all_of_the_student_moves_and_of_a_moving_teacher_its_lora_of_a_frozen_one_nothing(trained, examples):
-    original, ends = plain(tiny(seed=2), examples[:4]), []
-    for args in (tiny_args(method="rkl"), tiny_args(method="fkl"), tiny_args()):
-        assert_close(plain(pair(args)[1], examples[:4]), original, atol=0, rtol=0)  # B = 0 at the start
-        student, teacher, _ = trained(args)
-        assert changed(pair(args)[0], student) == set(student.state_dict())
-        assert changed(pair(args)[1], teacher) == {name for name in teacher.state_dict() if "lora_" in name}
-        ends.append(dict(trained(args, steps=1)[0].named_parameters()))
-    assert_all_close(*ends[1:], atol=1e-7, rtol=1e-5)  # to the student's first step it makes no difference
-    with torch.no_grad(), teacher.disable_adapter():
-        assert_close(plain(teacher, examples[:4]), original, atol=0, rtol=0)
-    assert (plain(teacher, examples[:4]) - original).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("family, flags, top_layers, names, layers", CARRY)
-def test_which_layers_carry_lora_of_which_rank_and_scale(family, flags, top_layers, names, layers):
-    args = [okd.parse(["--teacher", "t", *flags, *more]) for more in ([], ["--lora-scale", "2"])]
-    model, twice = (with_module(tiny(family), each, top_layers) for each in args)
-    carrying = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    found = {re.search(r"\.(\d+)\.(\w+\.\w+)$", name).groups() for name in carrying}
-    assert found == {(layer, name) for layer in layers for name in names}
-    for name, module in carrying.items():
-        assert module.lora_A["default"].weight.size(0) == 32 and module.scaling["default"] == 1.0
-        assert twice.get_submodule(name).scaling["default"] == 2.0
-
-
-@pytest.mark.parametrize("ratio", [None, 0.2])
-def test_both_optimizers_follow_the_learning_rate_own_one_network_each_and_decay_no_norm(ratio, trained, monkeypatch):
-    by_hand = {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 96 / 97, 51: 49 / 97, 99: 1 / 97}  # three steps rise, 97 fall
-    assert {step: okd.learning_rate(step, 100, 1.0) for step in by_hand} == pytest.approx(by_hand)
-    few = [okd.learning_rate(step, 4, 2.0) for step in range(4)]
-    assert few == [2.0, 1.5, 1.0, 0.5] and okd.learning_rate(0, 1, 1e-3) == 1e-3
-    rates, by_hand = [], [1e-3, 0.75e-3, 0.5e-3, 0.25e-3]
-    wrap(monkeypatch, "update", after=lambda norm, optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]) or norm)
-    lines = trained(tiny_args(lr=1e-3, **dict(teacher_lr_ratio=ratio) if ratio else {}), steps=4)[2]
-    assert rates[::2] == pytest.approx(by_hand) and [line["train/lr"] for line in lines] == pytest.approx(by_hand)
-    assert rates[1::2] == pytest.approx([rate * (ratio or 1) for rate in by_hand])
-    (student, teacher), decay = pair(tiny_args()), {}
-    for group in [group for model in (student, teacher) for group in okd.adamw(model, 0.1).param_groups]:
-        decay |= dict.fromkeys(map(id, group["params"]), group["weight_decay"])
-    expected = {id(p): 0.0 if name.endswith("bias") or "ln_" in name else 0.1 for name, p in student.named_parameters()}
-    assert decay == expected | {id(p): 0.1 for name, p in teacher.named_parameters() if "lora_" in name}
-    assert okd.Args().weight_decay == 0.0
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", keep)
 
 
 @pytest.mark.parametrize("method", ["sft", "okd"])
-def test_the_split_into_micro_batches_changes_nothing(method, trained, monkeypatch):
-    monkeypatch.setattr(okd, "update", lambda optimizer, *_: torch.zeros(()))
-    ends, args = [], tiny_args(method=method, batch_size=8, anchor=0.5)
-    for tokens in (4096, 90, 60, 1):  # from one batch of eight ragged rows to one a row
-        *networks, _ = trained(dataclasses.replace(args, micro_batch_tokens=tokens), steps=1)
-        ends.append(gradients(torch.nn.ModuleDict(dict(zip(("student", "teacher"), networks)))))
-    assert any(name.startswith("teacher") for name in ends[0]) == (method == "okd")
-    for other in ends[1:]:
-        assert_all_close(other, ends[0], atol=2e-7, rtol=1e-4)
+@pytest.mark.parametrize("tokens", [1, 60, 90])
+def test_split_into_micro_batches_changes_no_gradient(method, tokens, train, kept_gradients):
+    gradients = []
+    for max_tokens in (4096, tokens):
+        flags = f"--method {method} --batch-size 8 --anchor 0.5 --max-grad-norm 0"
+        *networks, _ = train(make_args(flags, micro_batch_tokens=max_tokens), num_steps=1)
+        gradients.append(gradients_of(*networks))
+    assert_close(gradients[1], gradients[0], atol=2e-7, rtol=1e-4)
 
 
-def test_one_batch_can_be_learnt_by_heart_and_each_network_is_clipped_by_itself(trained, examples, monkeypatch):
-    lines = trained(tiny_args(method="fkl", lr=5e-3), steps=60, rows=examples[:4])[2]
-    assert lines[-1]["train/fkl"] < 0.2 * lines[0]["train/fkl"]
-    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self: None)  # so that what it stepped on is left
-    *networks, (line,) = trained(tiny_args(max_grad_norm=1e-3), steps=1)
-    for network in networks:
-        assert math.hypot(*(p.norm() for p in gradients(network).values())) == pytest.approx(1e-3, rel=1e-3)
-    assert line["train/student_grad_norm"] > 0.01 and line["train/teacher_grad_norm"] > 0.002  # before the clip
+@pytest.mark.parametrize(
+    ("device", "tokens", "size"),
+    [("cpu", 5, 5), ("cpu", 0, 1), ("cuda", 200, 1600), ("mps", 5, 1024)],
+)
+def test_chunks_are_larger_off_the_cpu(device, tokens, size, monkeypatch):
+    monkeypatch.setattr(okd, "LOGITS_PER_CHUNK", tokens * VOCAB_SIZE)
+    hw = okd.Hardware(torch.device(device), torch.float32)
+    chunks = okd.split_into_chunks(size + 1, tiny_model(), hw)
+    assert chunks == [slice(0, size), slice(size, 2 * size)]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-@pytest.mark.parametrize("method", okd.METHODS)
-def test_every_row_of_the_method_table_trains_with_the_same_metrics(method, family, trained, examples):
-    args = tiny_args(method=method, select="last", eval_every=1, max_new_tokens=4)
-    student, _, lines = trained(args, pair(args, family), dev=examples[:3])
-    assert changed(tiny(family, 1), student)
-    moving = {"teacher_loss", "teacher_grad_norm"} if method == "okd" else set()
-    keys = [line.keys() - {"phase", "step"} for line in lines]
-    assert keys[1::2] == [{f"train/{name}" for name in REPORTED | moving}] * 2
-    assert keys[0::2] == [{f"dev/{name}" for name in MEASURED}] * 3
-    assert (lines[3]["train/sampling_s"] > 0) == (method in ("imitkd", "gkd", "opd", "minillm"))  # distillm's phi is 0
-    assert all(math.isfinite(value) for line in lines for name, value in line.items() if name != "phase")
+def test_head_never_sees_more_tokens_than_a_chunk(examples, small_chunks):
+    args = make_args("--method fkl")
+    student, teacher = tiny_pair(args)
+    sizes = []
+
+    def record(head, inputs):
+        sizes.append(inputs[0].size(1))
+
+    student.lm_head.register_forward_pre_hook(record)
+    backpropagate(args, student, teacher, examples[:5])
+    assert set(sizes[:-1]) == {7}
+    assert sum(sizes) == len(labels_of(examples[:5]))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_first_reported_numbers_are_the_plain_ones(temperature, trained, examples):
-    args = tiny_args(batch_size=8, micro_batch_tokens=90, divergence="jsd", beta=0.3, student_ce_weight=0.25,
-                     alpha=0.35, anchor=0.1, temperature=temperature)  # fmt: skip
-    (student, teacher), rows, ce = pair(args, std=0.1), okd.batch_of(examples, 8, args.seed, 0), F.cross_entropy
-    with torch.no_grad(), teacher.disable_adapter():
-        z_0 = plain_logits(teacher, *rows)
-    z_p, z_q = plain_logits(teacher, *rows).detach(), plain_logits(student, *rows).detach()
-    labels = torch.tensor([token for row in rows for token in row.response_ids])
-    soft = temperature**2 * okd.jsd(*((z / temperature).log_softmax(-1) for z in (z_p, z_q)), 0.3).mean()
-    pull, back = kl(z_q, z_p, temperature).mean(), kl(z_0, z_p, temperature).mean()
-    expected = dict(student_loss=0.75 * soft + 0.25 * ce(z_q, labels), student_ce=ce(z_q, labels),
-                    teacher_loss=0.65 * ce(z_p, labels) + 0.35 * pull + 0.1 * back, teacher_ce=ce(z_p, labels),
-                    drift=okd.fkl(z_0.log_softmax(-1), z_p.log_softmax(-1)).mean())  # fmt: skip
-    (line,) = trained(args, (student, teacher), steps=1)[2]
-    found = {name: line[f"train/{name}"] for name in expected}
-    assert found == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
-
-
-@pytest.mark.parametrize("hw", [BF16, FP16], ids=["bf16", "fp16"])
-def test_mixed_precision_keeps_float32_masters_and_follows_float32(hw, trained):
-    lines = []
-    for each in (CPU, hw):
-        networks = tiny(seed=1), with_module(tiny(seed=2).to(each.dtype))
-        student, teacher, found = trained(tiny_args(), networks, steps=3, hw=each)
-        lines.append(found)
-        assert changed(tiny(seed=1), student) == set(student.state_dict())
-        assert {p.dtype for p in student.parameters()} == {torch.float32}
-        assert all(p.dtype == (CPU if "lora_" in name else each).dtype for name, p in teacher.named_parameters())
-    for exact, rough in zip(*lines):
-        for name in ("train/student_loss", "train/teacher_loss", "train/fkl", "train/student_ce"):
-            assert rough[name] == pytest.approx(exact[name], rel=0.02), name
-
-
-@pytest.mark.parametrize("hw", [CPU, BF16, FP16], ids=["fp32", "bf16", "fp16"])
-def test_a_step_without_a_finite_gradient_is_skipped_and_counted(hw, trained, monkeypatch):
-    calls, seen, (student, teacher) = [], [], pair(args := tiny_args(lr=1e-2))
-    wrap(monkeypatch, "student_loss", after=lambda loss, *_: loss * (1.0 if calls or calls.append(1) else math.nan))
-    wrap(monkeypatch, "report", before=lambda log, run, phase, step, kind, metrics: seen.append(
-        (float(metrics["skipped_steps"]), bool(changed(tiny(seed=1), student)))))  # fmt: skip
-    trained(args, (student, teacher), steps=3, hw=hw)
-    assert seen[0] == (1.0, False) and seen[-1] == (1.0, True)  # skipped so far, whether the student has moved
-    assert all(p.isfinite().all() for p in student.parameters())
-
-
-def test_the_readmes_forty_lines_take_the_step_that_okd_takes(trained, examples):
-    (code,) = re.findall(r"```python\n([^`]*Algorithm 1.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert "okd" not in re.sub("#.*", "", code)
-    student, teacher, (line,) = trained(args := tiny_args(lora_rank=32), steps=1)
-    rows, pad = okd.batch_of(examples, 4, 1, 0), functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    input_ids = pad([torch.tensor(row.prompt_ids + row.response_ids) for row in rows])
-    mask = pad([torch.arange(len(row)) >= len(row.prompt_ids) for row in rows])
-    lent = dict(student=tiny(seed=1), teacher=tiny(seed=2), input_ids=input_ids, mask=mask, batches=[(input_ids, mask)])
-    torch.manual_seed(args.seed)
-    exec(compile(code, "README.md", "exec"), lent)
-    assert changed(tiny(seed=1), lent["student"])
-    for name, ours in dict(student=student, teacher=teacher).items():
-        assert lent[f"{name}_loss"].item() == pytest.approx(line[f"train/{name}_loss"], rel=1e-6)
-        assert_all_close(lent[name].state_dict(), ours.state_dict(), atol=1e-7, rtol=1e-5)
-
-
-# Generating, scoring, and whose text ----------------------------------------------------------------------------------
-
-SENTENCE = [70, 71, 72, 1]  # its last token is EOS
-WHOSE = [
-    ("fkl", {}, 0), ("okd", {}, 0), ("okd", dict(text="student", anchor=0.1), 1), ("fkl", dict(text="student"), 1),
-    ("imitkd", {}, 1), ("opd", {}, 1), ("gkd", {}, 0.5),
-    ("rkl", dict(text="student", sgo_fraction=0.2), 0.2)]  # fmt: skip
-
-
-def parrot(scale, sentence=SENTENCE):
-    """A GPT-2 whose weights are set by hand so that after any prompt it says `sentence`: a table of bigrams.
-    Its one block adds nothing and token x is the x-th unit vector, which the last layer norm turns into a peak at x.
-    The head's rows of all but the first token look at the peak of the token before, that of the first at a constant."""
-    model = tiny(n_embd=384, n_layer=1, tie_word_embeddings=False)
+def test_evaluation_is_the_mean_of_plain_metrics(examples):
+    args = make_args("--micro-batch-tokens 60 --select last")
+    student, teacher = tiny_pair(args, lora_std=0.1)
+    rows = examples[:8]
+    found = okd.evaluate(args, student, teacher, rows, None, CPU)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1.0 if name.endswith("ln_f.weight") else 0.0)
-        model.transformer.wte.weight.copy_(torch.eye(384))
-        model.transformer.ln_f.bias[-1] = 10.0
-        model.lm_head.weight[list(sentence), [-1, *sentence[:-1]]] = scale
-    return model
-
-
-def test_text_is_that_of_plain_forwards_greedy_left_padded_ended_sampled_by_the_seed_and_has_room(tokenizer):
-    model, prompt, ids = tiny("gpt2", 5, initializer_range=0.2), [70, 80, 90], [70, 80, 90]  # sharp logits
-    for _ in range(10):
-        ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-    ending = lambda end: types.SimpleNamespace(eos_token_id=end)
-    assert okd.generate(model, ending(383), [prompt], CPU, 10) == [ids[3:]]
-    (response,) = okd.generate(model, ending(ids[4]), [prompt], CPU, 10)  # the second new token is the end
-    assert response == (ids[3:5] if ids[3] != ids[4] else [ids[4]])
-    draw = lambda seed: okd.generate(model, tokenizer, [prompt] * 3000, CPU, 1, 3000, sample=True, seed=seed)
-    first, expected = draw(1), model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).detach()
-    assert first == draw(1) != draw(2)
-    share = torch.bincount(torch.tensor(first).flatten(), minlength=384) / 3000
-    assert_close(share, expected, atol=0.03, rtol=0)
-    model, prompts = tiny("llama", 3), [[70], [70, 71, 80], [90, 91, 92, 93, 94]]
-    singly = [okd.generate(model, tokenizer, [prompt], CPU, 12)[0] for prompt in prompts]
-    assert okd.generate(model, tokenizer, prompts, CPU, 12) == singly
-    long, short = tiny(seed=1), tiny(seed=2, n_positions=20)
-    with pytest.raises(okd.UserError, match="a prompt of 20 tokens fills the positions"):
-        okd.generate(short, tokenizer, [[70] * 20], CPU, 5)
-    for model, teacher in ((short, long), (long, short)):
-        assert len(okd.generate(model, tokenizer, [[70] * 17], CPU, 9, sample=True, teacher=teacher)[0]) <= 3
-
-
-def test_a_models_own_generation_config_changes_no_text_and_comes_back_with_the_student(folders, tokenizer, tmp_path):
-    paths, config = [folders / "gpt2" / "student", tmp_path / "own"], tmp_path / "own" / "generation_config.json"
-    shutil.copytree(*paths)
-    config.write_text(json.dumps(json.loads(config.read_text()) | dict(repetition_penalty=5.0, min_p=0.3)))
-    models = [okd.load_model(str(path), "student", okd.Args(), torch.float32) for path in paths]
-    for sample in (False, True):
-        texts = [okd.generate(model, tokenizer, [[70, 80], [90]], CPU, 30, sample=sample, seed=1) for model in models]
-        assert texts[0] == texts[1]
-    okd.save_model(models[1], tokenizer, tmp_path / "saved")
-    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "saved")
-    assert (saved.repetition_penalty, saved.min_p, saved.eos_token_id) == (5.0, 0.3, [1])
-
-
-def text_of(args, examples, tokenizer, student=None, teacher=None, steps=10, answer=None):  # by answer(step)
-    state = dict(phi=args.sgo_fraction, replay=[], rollouts=[], sampling_s=0.0)
-    text = okd.Text(args, student, teacher, examples, tokenizer, CPU, steps, state)
-    if answer:
-        text.answers = lambda rows, step, teacher=None: [row.answered(answer(step), 96) for row in rows]
-    return text
-
-
-@pytest.mark.parametrize("scale", [2.0, 0.2])
-def test_sampled_text_ends_and_is_aligned_or_its_loss_were_unknown(scale, examples, tokenizer, trained, monkeypatch):
-    hidden = (torch.eye(384).double()[[13, *SENTENCE[:-1]]] - 1 / 384) / math.sqrt(1 / 384 - 1 / 384**2 + 1e-5)
-    logits, hidden[:, -1] = torch.zeros(4, 384).double(), hidden[:, -1] + 10
-    logits[:, SENTENCE] = scale * hidden[:, [-1, *SENTENCE[:-1]]]  # by the closed form of layer norm on unit vectors
-    known, args = F.cross_entropy(logits, torch.tensor(SENTENCE), reduction="none").tolist(), tiny_args(method="imitkd")
-    rows = text_of(args, examples, tokenizer, parrot(2.0))(0)
-    assert [row.response_ids for row in rows] == [SENTENCE] * 4  # the end among them
-    monkeypatch.setattr(okd.Text, "answers", lambda self, *rest: rows)  # a hesitant parrot on the sure one's words
-    args.student_ce_weight = 1.0  # which the command refuses: here it makes the loss a known number
-    (line,) = trained(args, (parrot(scale), parrot(1.0)), steps=1)[2]
-    assert line["train/student_loss"] == pytest.approx(sum(known) / 4, abs=1e-5)
-    assert (max(known) < 1e-6) if scale == 2 else (min(known) > 1)
-    assert okd.collate([examples[0].answered(SENTENCE, 96)], "cpu").labels.tolist() == SENTENCE
-
-
-@pytest.mark.parametrize("method, flags, share", WHOSE)
-def test_whose_text_follows_the_flags(method, flags, share, examples, tokenizer):
-    text = text_of(tiny_args(method=method, **flags), examples, tokenizer, answer=lambda step: SENTENCE)
-    own = [[row.response_ids == SENTENCE for row in text(step)] for step in range(400)]
-    assert all(all(rows) or not any(rows) for rows in own)
-    assert abs(sum(map(all, own)) - 400 * share) <= 3 * math.sqrt(400 * share * (1 - share))
-
-
-def test_replay_buffer_is_first_in_first_out_and_distillm_uses_it_ever_more(examples, tokenizer, monkeypatch):
-    monkeypatch.setattr(okd, "REPLAY_CAPACITY", 10)
-    args, stale = tiny_args(method="opd", sgo_source="replay"), False
-    text = text_of(args, examples, tokenizer, answer=lambda step: [100 + step, 1])
-    for step in range(8):
-        drawn = {row.response_ids[0] - 100 for row in text(step)}
-        held = [row.response_ids[0] - 100 for row in text.state["replay"]]
-        assert held == sorted(step for step in range(step + 1) for _ in range(4))[-10:] and drawn <= set(held)
-        stale |= drawn != {step}
-    assert stale  # not only what was just written
-    monkeypatch.setattr(okd, "REPLAY_CAPACITY", 12)
-    args, kinds = tiny_args(method="distillm"), []
-    text = text_of(args, examples, tokenizer, steps=100, answer=lambda step: [100 + step, 1])
-    phi_after = lambda loss: text.validated(loss) or text.state["phi"]
-    phis = [phi_after(loss) for loss in (2.0, 1.5, 2.05, 2.1, 2.15, 2.2, 2.19, 1.0, 2.31)]
-    # the first is the reference, and only what is 0.1 over it hits: 2.1 and, with it as reference, 2.2, and then 2.31
-    assert phis == pytest.approx([0, 0, 0, 0.1, 0.1, 0.2, 0.2, 0.2, 0.3])
-    text.state["phi"] = 0.95
-    assert phi_after(9.0) == 1.0
-    text.state["phi"] = 0.6
-    for step in range(100):
-        full, r = len(text.state["replay"]) >= 12, random.Random(f"1, text of step {step}").random()
-        kinds.append("data" if r >= 0.6 else "fresh" if r < 0.6 * (1 - step / 100) or not full else "replay")
-        steps = {row.response_ids[0] - 100 for row in text(step) if len(row.response_ids) == 2}
-        assert dict(data=not steps, fresh=steps == {step}, replay=bool(steps) and step not in steps)[kinds[-1]]
-    assert set(kinds) == {"data", "fresh", "replay"} and kinds[60:].count("replay") > kinds[:40].count("replay")
-
-
-def test_rollouts_carry_advantage_log_q_and_weight_of_every_token_and_come_anew_after_their_passes(examples, tokenizer):
-    student, teacher = pair(args := tiny_args(method="minillm", micro_batch_tokens=60))
-    text = text_of(args, examples, tokenizer, student, teacher)
-    rows = [row.answered(ids, 96) for row, ids in zip(examples, ([70, 71, 1], [80, 1], [90, 91, 92, 93]))]
-    ahead = lambda r: sum(0.95**k * reward for k, reward in enumerate(r)) / len(r)
-    discounted = lambda rewards: [ahead(rewards.tolist()[t:]) for t in range(len(rewards))]
-    rewards = random_logits(7, seed=5)
-    assert okd.discounted_return(rewards, 0.95).tolist() == pytest.approx(discounted(rewards))
-    judged, returns = text.judged(rows), []
-    for row, got in zip(sorted(rows, key=len), judged):
-        assert got.response_ids == row.response_ids
-        log_p, log_q = (plain(model, [row])[range(len(got.rollout)), row.response_ids] for model in (teacher, student))
-        returns += discounted(log_p - log_q)
-        assert [value[1] for value in got.rollout] == pytest.approx(log_q.tolist(), abs=1e-5)
-        weights = log_q.exp() / (0.2 * log_p.exp() + 0.8 * log_q.exp())
-        assert [value[2] for value in got.rollout] == pytest.approx(weights.tolist(), rel=1e-4)
-    flat = torch.tensor(returns)
-    whitened = ((flat - flat.mean()) / flat.std(unbiased=False)).tolist()
-    assert [value[0] for row in judged for value in row.rollout] == pytest.approx(whitened, abs=1e-3)
-    assert okd.collate(judged, "cpu").rollout.shape == (9, 3)
-    calls, text = [], text_of(tiny_args(method="minillm", rollouts=8), examples, tokenizer, teacher="T", steps=16)
-    text.answers = lambda rows, step, teacher=None: calls.append((step, len(rows), teacher)) or rows
-    text.judged = lambda rows: rows
-    seen = [sorted(id(row) for rows in (text(step), text(step + 1)) for row in rows) for step in range(0, 16, 2)]
-    assert calls == [(0, 8, "T"), (8, 8, "T")]  # two batches a pass, four passes
-    assert seen[0] == seen[1] == seen[2] == seen[3] != seen[4]
-
-
-def test_policy_gradient_is_that_of_the_expected_reward_and_clipped_pessimistically():
-    z_p, z_q, rewards = torch.tensor([[0.3, -0.1], [0.1, 0.05], [0.7, -0.4]], dtype=torch.float64)
-    log_p, log_q, labels = z_p.log_softmax(-1), z_q.log_softmax(-1), torch.tensor([0, 1])
-    log_m = okd.mix(log_p, log_q, okd.TEACHER_SHARE)
-    policy = lambda z, *rest: okd.policy_loss(z.log_softmax(-1).expand(len(rest[0]), 2), *rest)
-    loss = lambda z: log_m.exp() * policy(z, labels, rewards, log_q, (log_q - log_m).exp())
-    # by finite differences: the importance-weighted gradient, averaged over the mixture, is that of E_q[reward]
-    expected, nudge = lambda z: (z.softmax(-1) * rewards).sum(-1), 1e-6 * torch.eye(2).double()
-    finite = (expected(z_q + nudge) - expected(z_q - nudge)) / 2e-6
-    assert (-gradient(loss, z_q)).tolist() == pytest.approx(finite.tolist(), rel=1e-6)
-    (advantage, weight), z = torch.tensor([[1.0, 1, -1, -1], [1.5, 0.5, 1.5, 0.5]]).double(), torch.zeros(4, 2).double()
-    rest = torch.zeros(4, dtype=torch.long), advantage, torch.full((4,), math.log(0.5)).double(), weight
-    assert policy(z, *rest).tolist() == pytest.approx([-1.2, -0.5, 1.5, 0.8])  # -min(w A, clip(w, 0.8, 1.2) A)
-    assert gradient(lambda z: policy(z, *rest), z).any(1).tolist() == [False, True, True, False]
-
-
-@pytest.mark.parametrize("with_lora", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_mixture_sampling_uses_p_and_q_of_plain_forwards_at_every_token(family, with_lora):
-    student, teacher = tiny(family, 1), with_module(tiny(family, 2), std=0.1) if with_lora else tiny(family, 2)
-    texts, new = [[70, 71, 72, 73, 74], [80, 81]], [[90, 91, 92], [93, 94, 95]]
-    processor = okd.Mixture(teacher, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]))
-    for step in range(3):  # left-padded, cached, two prompts at once, against one unpadded forward for every prefix
-        with torch.no_grad():
-            logits = [[model(torch.tensor([text])).logits[0, -1] for text in texts] for model in (teacher, student)]
-            p, q = map(torch.stack, logits)
-            ids = torch.tensor([texts[0], [0, 0, 0, *texts[1]]])
-            assert_close(processor(ids, q).exp(), 0.2 * p.softmax(-1) + 0.8 * q.softmax(-1), atol=1e-5, rtol=1e-4)
-        texts = [[*text, words[step]] for text, words in zip(texts, new)]
-
-
-def test_seqkd_trains_on_teacher_text_and_goes_on_with_it_or_not_at_all(job, tokenizer, monkeypatch):
-    parrot(4.0).save_pretrained(job.path / "parrot"), tokenizer.save_pretrained(job.path / "parrot")
-    flags = ["--teacher", job.path / "parrot", "--method", "seqkd", *NO_SFT, "--eval-rows", "0", "--save-every", "1"]
-    seen, text, kept = [], job.folder / "teacher_text.json", job.path / "kept"
-    with monkeypatch.context() as patch:
-        wrap(patch, "run_batch", before=lambda student, teacher, batch, *rest: seen.append(batch.labels.tolist()))
-        job.killed(2, *flags, target="run_batch")
-    assert seen and all(labels == SENTENCE * 4 for labels in seen)
-    text.rename(kept)
-    assert "teacher_text.json, which this run trains on, is gone" in job.resume(code=2)
-    kept.rename(text), job.resume()
-
-
-def test_sample_batch_size_reaches_all_and_fresh_rollouts_have_ratio_1(job, monkeypatch):
-    sizes, ratios = set(), []
-    wrap(monkeypatch, "generate", before=lambda *args, **named: sizes.add(args[5]))
-    wrap(monkeypatch, "policy_loss", before=lambda log_q, labels, advantage, sampled, *rest: ratios.append(
-        (-okd.cross_entropy(log_q, labels) - sampled).abs().max().item()))  # fmt: skip
-    for method in ("imitkd", "seqkd", "minillm"):
-        flags = ["--method", method, "--sample-batch-size", "3", "--rollouts", "4", "--lr", "1e-2", *NO_SFT]
-        job(*flags, "--output-dir", job.path / method)
-    assert sizes == {3} and ratios[0] < 1e-4 < max(ratios)  # the second step is a second pass
-
-
-# The command ----------------------------------------------------------------------------------------------------------
-
-
-def run(main, capsys, *flags):
-    """okd.main or eval.main in this process -> (exit code, stdout, stderr)."""
-    try:
-        code = main([str(flag) for flag in flags]) or 0
-    except SystemExit as error:
-        code = error.code
-    return code, *capsys.readouterr()
-
-
-NO_SFT = ("--teacher-sft-epochs", "0", "--student-sft-epochs", "0")
-LONG = (*"--max-steps 12 --epochs 9 --save-every 3 --log-every 2 --eval-every 5 --eval-rows 4".split(), *NO_SFT)
-
-
-class Job:
-    """okd.py by small flags and more, into `folder`; must exit with `code`. -> stdout, after a failure the stderr."""
-
-    def __init__(self, folders, jsonl, tmp_path, capsys):
-        self.folders, self.jsonl, self.path, self.folder = folders, jsonl, tmp_path, tmp_path / "run"
-        self.capsys, self.family = capsys, "gpt2"
-        self.resume = functools.partial(self.call, "--resume", self.folder)
-        self.eval = functools.partial(self.call, main=okd_eval.main)
-
-    def call(self, *flags, code=0, main=okd.main):
-        got, out, err = run(main, self.capsys, *flags)
-        assert got == code and (code == 0 or err.count("\n") == 1), err
-        return err if code else out
-
-    def flags(self, *more):
-        pair = self.folders / self.family
-        flags = ["--teacher", pair / "teacher", "--student", pair / "student", "--data", self.jsonl, "--device", "cpu",
-                 "--output-dir", self.path / "run", "--cache-dir", self.path / "cache", "--precision", "fp32",
-                 *"--max-steps 2 --batch-size 4 --max-length 96 --max-new-tokens 8 --score-rows 4".split(),
-                 "--log-every", "1", "--lora-rank", "4"]  # fmt: skip
-        return [str(flag) for flag in (*flags, *more)]
-
-    def __call__(self, *more, code=0):
-        return self.call(*self.flags(*more), code=code)
-
-    def killed(self, number, *more, target="student_loss"):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            kill_at(patch, number, target)
-            self(*more)
-        return self.capsys.readouterr().out
-
-
-@pytest.fixture
-def job(folders, jsonl, tmp_path, capsys):
-    return Job(folders, jsonl, tmp_path, capsys)
-
-
-def weights_of(folder, name="student/model.safetensors"):
-    return safetensors.torch.load_file(folder / name)
-
-
-def test_a_run_leaves_folders_that_load_everywhere_and_a_second_starts_from_the_same_bits(job):
-    out, folder = job(), job.folder
-    block = dict(re.findall(r"^([a-z_]+): (.*)$", out, re.M))
-    assert block["method"] == "okd" and block["steps"] == "2" and re.search(r"\nstudent, okd +\d", out)
-    assert {path.name for path in folder.iterdir() if "sft-" not in path.name} == {
-        *"args.json metrics.jsonl models.json student teacher_lora".split()}  # fmt: skip
-    assert transformers.AutoModelForCausalLM.from_pretrained(folder / "student").config.vocab_size == 384
-    writer = transformers.pipeline("text-generation", model=str(folder / "student"), max_new_tokens=4)
-    assert writer("shout ba\n")[0]["generated_text"].startswith("shout ba\n")
-    adapter = json.loads((folder / "teacher_lora" / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == block["teacher"] and adapter["lora_alpha"] == adapter["r"] == 4
-    teacher = transformers.AutoModelForCausalLM.from_pretrained(block["teacher"])
-    moved = peft.PeftModel.from_pretrained(teacher, folder / "teacher_lora")
-    assert any(p.abs().sum() > 0 for name, p in moved.named_parameters() if "lora_B" in name)
-    saved, final = json.loads((folder / "args.json").read_text()), records(folder)[-1]
-    assert dict(method="okd", divergence="fkl", teacher_moves=True, precision="fp32").items() <= saved.items()
-    assert {record["phase"] for record in records(folder)} == {"distil", "final"}
-    assert {"final/rouge_l", "final/rouge_l_teacher", "final/rouge_l_start", "final/distil_s", "final/sampling_s",
-            "final/selected_step", "final/dev_rouge_l", "final/dev_rouge_l_last"} <= final.keys()  # fmt: skip
-    out = job("--output-dir", job.path / "other", "--method", "fkl")
-    first, second = (records(job.path / name)[0] for name in ("run", "other"))
-    assert out.count("fine-tuned before, kept in") == 2 and first == second and "dev/fkl" in first
-    assert "holds a run" in job(code=2)
-
-
-def test_fine_tuned_models_are_kept_by_what_determines_them_and_lora_is_merged_in_float32(job, tokenizer, tmp_path):
-    touched, retrained, counts = tmp_path / "touched" / "teacher", tmp_path / "retrained" / "teacher", []
-    shutil.copytree(job.folders / "gpt2" / "teacher", touched), os.utime(touched / "model.safetensors", (1, 1))
-    tiny("gpt2", 9, **DROPOUT).save_pretrained(retrained), tokenizer.save_pretrained(retrained)
-    for i, change in enumerate([(), ("--student-sft-lr", "5e-4"), ("--lora-rank", "2"), ("--seed", "3", "--lr", "1e-3"),
-                                ("--teacher", touched), ("--teacher", retrained)]):  # fmt: skip
-        job("--score-rows", "0", "--eval-rows", "0", "--max-steps", "1", *change, "--output-dir", tmp_path / f"run{i}")
-        counts.append(tuple(len(list((tmp_path / "cache").glob(f"{role}-*"))) for role in ("student", "teacher")))
-    # lr of the student's start: the student's; rank: the LoRA-tuned teacher's; seed, lr, time of the file: none
-    assert counts == [(1, 1), (2, 1), (2, 2), (2, 2), (2, 2), (2, 3)]
-    job.family, base = "llama", transformers.AutoModelForCausalLM.from_pretrained(job.folders / "llama" / "teacher")
-    out = job("--precision", "bf16", "--teacher-sft-lr", "1e-2", "--cache-dir", tmp_path / "other")
-    before, after = map(float, re.search(r"CE on dev rows ([\d.]+) with LoRA, ([\d.]+) merged", out).groups())
-    assert after == pytest.approx(before, rel=0.02)
-    (kept,) = (tmp_path / "other").glob("teacher-*")
-    merged = peft.PeftModel.from_pretrained(base, job.folder / f"sft-{kept.name}").merge_and_unload().state_dict()
-    for name, value in weights_of(kept, "model.safetensors").items():  # rounded once
-        assert torch.equal(value, merged[name].to(torch.bfloat16)), name
-
-
-@pytest.mark.parametrize("select, kept", [("best", 2), ("last", 5)])
-def test_the_student_with_the_best_look_is_kept_also_when_killed_between_looks(select, kept, job, monkeypatch):
-    scores, weights = [1.0, 2.0, 9.0, 3.0, 3.0, 9.0 - 1e-9], []  # of the steps 0, 1, 2, 3, after the kill again 3, 4
-
-    def evaluated(means, args, student, *rest):
-        weights.append({name: p.clone() for name, p in student.state_dict().items()})
-        return means | (dict(rouge_l=scores[len(weights) - 1]) if args.select == "best" else {})
-
-    wrap(monkeypatch, "evaluate", after=evaluated)
-    flags = ["--max-steps", "4", "--eval-every", "1", "--select", select, "--lr", "1e-2", "--save-every", "1"]
-    job.killed(4, *LONG, *flags, target="run_batch"), job.resume()  # in step 4, after the look at 3
-    assert all(torch.equal(value, weights[kept][name]) for name, value in weights_of(job.folder).items())
-    assert [record["step"] for record in records(job.folder) if "dev/fkl" in record] == [0, 1, 2, 3, 4]
-    best = {"final/selected_step": 2, "final/dev_rouge_l": 9.0, "final/dev_rouge_l_last": scores[-1]}
-    assert select == "last" or best.items() <= records(job.folder)[-1].items()
-
-
-def test_wandb_offline_gets_name_config_metrics_and_samples_and_one_that_does_not_start_is_one_line(job, monkeypatch):
-    wandb, flags = pytest.importorskip("wandb"), job.flags("--track", *NO_SFT)
-    subprocess.run([sys.executable, ROOT / "okd.py", *flags], check=True, capture_output=True, cwd=job.path)
-    (file,) = job.folder.glob("wandb/offline-run-*/*.wandb")
-    wanted = [b"train/student_loss", b"dev/fkl", b"final/rouge_l_start", b"samples", b"teacher_lr_ratio"]
-    deadline = time.monotonic() + 10  # wandb's own process closes the file a little after ours has ended
-    while (missing := [text for text in wanted if text not in file.read_bytes()]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not missing and file.stem == "run-run"  # the run's id is its folder's name
-    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.errors.CommError("unreachable")))
-    assert "cannot start wandb" in job("--track", "--output-dir", job.path / "other", code=2)
-    assert not (job.path / "cache").exists()  # nothing was trained before
-
-
-@pytest.mark.parametrize("flags", [("--method", "fkl"), ("--method", "okd", "--lora-top-layers", "2")])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_cached_teacher_states_change_no_number_and_are_shared(family, flags, job):
-    job.family, ends, written = family, [], []
-    for i, more in enumerate(((), ("--cache-teacher",), ("--cache-teacher",))):
-        out = job("--max-steps", "12", "--output-dir", job.path / f"{i}", *NO_SFT, *flags, *more)
-        written.append("GB to" in out), ends.append(weights_of(job.path / f"{i}"))
-    assert_all_close(ends[1], ends[0], atol=2e-6, rtol=1e-4)
-    assert written == [False, True, False] and all(torch.equal(ends[2][name], value) for name, value in ends[1].items())
-
-
-def test_cached_states_spare_the_blocks_below_and_the_file_holds_what_it_should(examples, tmp_path):
-    args, calls, found = tiny_args(cache_dir=tmp_path, cache_teacher=True, lora_top_layers=2, lr=1e-3), [], []
-    (student, teacher), losses = pair(args, "llama"), lambda *logs: both_losses()(*logs) | okd.measure(*logs)
-    rows = okd.with_states(args, teacher, "t", examples, CPU)
-    (path,) = tmp_path.glob("states-*")
-    assert path.stat().st_size == sum(map(len, examples)) * 32 * 4
-    frozen = okd.with_states(tiny_args(method="fkl", cache_dir=tmp_path), tiny("llama", 2), "t", examples, CPU)
-    assert [len(row.states) for row in frozen] == [len(row.response_ids) for row in examples]
-    okd.blocks_of(teacher)[1].mlp.register_forward_hook(lambda *_: calls.append(1))
-    for batch in (okd.collate(part, "cpu") for part in (examples[5:9], rows[5:9])):
-        calls.clear(), student.zero_grad(), teacher.zero_grad()
-        sums = okd.run_batch(student, teacher, batch, CPU, losses, backward, True)
-        found.append((len(calls), sums, gradients(teacher), gradients(student)))
-    assert (found[0][0], found[1][0]) == (2, 0)  # for p_f and p_0; for neither
-    for plain_ones, cached in zip(found[0][1:], found[1][1:]):
-        assert_all_close(cached, plain_ones, atol=1e-5, rtol=1e-4)
-    path.write_bytes(bytes(path.stat().st_size))
-    for network, words in ((teacher, "off what the teacher computes"), (pair(tiny_args())[1], "nothing to keep")):
-        with pytest.raises(okd.UserError, match=words):
-            okd.with_states(args, network, "t", examples, CPU)
-
-
-def test_tokenizers_may_differ_in_reserved_names_and_eos_and_heads_in_size_but_no_ordinary_token(job, tokenizer):
-    from tokenizers import Tokenizer, models
-
-    def words(*names, eos="<end>"):
-        backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(("a", *names))}, unk_token="a"))
-        backend.add_special_tokens([name for name in names if name.startswith("<")])
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)
-
-    ours, said = words("b", "c", "<end>", "<turn>"), lambda: job.capsys.readouterr().out
-    assert okd.one_tokenizer(ours, ours) is ours and said() == ""
-    assert okd.one_tokenizer(ours, words("b", "c", "<end>", "<reserved>")) is ours
-    assert "the student gets the teacher's tokenizer" in said()
-    assert okd.one_tokenizer(ours, words("b", "c", "<end>", "turn")) is ours and said()  # reserved in one of them
-    assert okd.one_tokenizer(ours, words("b", "c", "<end>", "<turn>", eos="<turn>")) is ours
-    assert "EOS is <end> and was <turn>, 0 reserved tokens differ" in said()
-    with pytest.raises(okd.UserError, match=r"2 tokens of teacher and student differ, as \['c', 'x'\]"):
-        okd.one_tokenizer(ours, words("b", "x", "<end>", "<turn>"))
-    job.family, padded = "llama", job.path / "padded"
-    tiny("llama", 1, vocab_size=400).save_pretrained(padded), tokenizer.save_pretrained(padded)
-    assert "a head of 400 rows is cut to the 384 that both have" in job("--teacher", padded, *NO_SFT)
-
-
-BAD = [  # content of the training file, or flags; what the one line says
-    ("{}", "line 1 needs instruction and output, prompt and response, or messages"), ("", "no usable row among 0"),
-    ('{"prompt": "a", "response": "b"}\n{"prompt": 1}', "line 2 needs instruction"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
-    ('{"prompt": "a\\ud800", "response": "b"}', "line 1 needs instruction"), ("{nonsense", "line 1 needs instruction"),
-    ('{"prompt": "a", "response": ""}', "no usable row among 1"), ("--teacher-sft-lr -1", "--teacher-sft-lr is -1"),
-    *((flags, "needs --anchor") for flags in ("--text student", "--text mixture", "--alpha 1")),
-    ("--skew 1", "--skew is 1.0"), ("--ab-alpha 0 --ab-beta 0", "must be larger"), ("--max-steps -1", "is -1: it must"),
-    ("--method gkd --student-ce-weight 0.5", "--student-ce-weight on student text"), ("--alpha 1.5", "--alpha is 1.5"),
-    ("--lr 0", "--lr is 0.0: it must lie in"), ("--lr nan", "--lr is nan"), ("--lora-targets lm_head", "does not fit"),
-    ("--method gkd --cache-teacher", "needs text that stays"), ("--lora-top-layers 9", "the teacher has only 4 layers"),
-    ("--batch-size 0", "--batch-size is 0: it must"), ("--method distillm --eval-rows 0", "adaptive needs --eval-rows"),
-    ("--cache-teacher", "needs --lora-top-layers"), ("--teacher ./no/such/folder", "cannot load the tokenizer of ./no"),
-    ("--lora-targets q_projj", "--lora-targets q_projj does not fit: name some of c_attn, c_fc, c_proj"),
-    ("--max-length 999", "--max-length 999 is more than the positions"), ("--output-dir file/run", "Not a directory"),
-    ("--cache-dir file/run --teacher-sft-epochs 1", "Not a directory"), ("--shard", "--shard needs several processes"),
-    ("--device cuda:77", "--device cuda:77 is not usable here"), ("--data nowhere.jsonl", "cannot read nowhere.jsonl"),
-    ("--device toaster", "--device toaster is not usable here"), ("--teacher-quant 4bit", "cannot load the teacher"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("bad, message", BAD)
-def test_bad_input_is_one_line_and_exit_2(bad, message, job, monkeypatch):
-    rows, flags = ("", bad.split()) if bad.startswith("--") else (bad, ["--data", "file"])
-    monkeypatch.chdir(job.path), (job.path / "file").write_text(rows)
-    assert message in job(*NO_SFT, *flags, code=2) and not (job.folder / "student").exists()
-
-
-def test_no_pickle_no_foreign_code_and_no_network_unless_something_is_missing_which_one_line_names(job, monkeypatch):
-    loads = re.findall(r"torch\.load\((.*)\)", (ROOT / "okd.py").read_text() + (ROOT / "eval.py").read_text())
-    assert len(loads) == 1 and "weights_only=True" in loads[0] and okd.Args().trust_remote_code is False
-    flags = [flag for flag in job.flags() if flag not in ("--data", str(job.jsonl))]
-    err = job.call(*flags, code=2)
-    assert all(word in err for word in ("raw.jsonl", "MiniLLM/dolly", "HF_HOME"))
-    err = job.call("--teacher", "nobody/nothing", "--student", "nobody/nothing", code=2)
-    assert "nobody/nothing" in err and "HF_HOME" in err
-    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked for"))
-    job()
-    pickled = shutil.copytree(job.folders / "gpt2" / "teacher", job.path / "pickled")
-    (pickled / "model.safetensors").unlink(), torch.save(tiny().state_dict(), pickled / "pytorch_model.bin")
-    assert "cannot load the teacher" in job("--teacher", pickled, "--output-dir", job.path / "other", code=2)
-
-
-def test_auto_is_bf16_where_the_hardware_is_fast_at_it_and_a_gpu_gets_its_number(monkeypatch):
-    for unit, dtype in dict(amx_bf16=torch.bfloat16, avx512_bf16=torch.bfloat16, neither=torch.float32).items():
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
-        assert okd.pick_hardware(okd.Args(device="cpu")).dtype == dtype
-        assert okd.pick_hardware(okd.Args(device="cpu", precision="fp16")).dtype == torch.float16
-    chosen, recent = [], lambda including_emulation: len(chosen) > 1
-    for name, stub in dict(is_available=lambda: True, set_device=chosen.append, is_bf16_supported=recent).items():
-        monkeypatch.setattr(torch.cuda, name, stub)
-    with FakeTensorMode():
-        found = [okd.pick_hardware(okd.Args(device=name)) for name in ("auto", "cuda:1")]
-    assert [str(hw.device) for hw in found] == list(map(str, chosen)) == ["cuda:0", "cuda:1"]
-    assert [hw.dtype for hw in found] == [torch.float16, torch.bfloat16]
+        p = Categorical(logits=plain_log_probs(teacher, rows))
+        q = Categorical(logits=plain_log_probs(student, rows))
+        with teacher.disable_adapter():
+            p0 = Categorical(logits=plain_log_probs(teacher, rows))
+    labels = labels_of(rows)
+    expected = {
+        "fkl": kl_divergence(p0, q),
+        "rkl": kl_divergence(q, p0),
+        "student_ce": -q.log_prob(labels),
+        "teacher_ce": -p.log_prob(labels),
+        "frozen_teacher_ce": -p0.log_prob(labels),
+        "student_entropy": q.entropy(),
+        "teacher_entropy": p.entropy(),
+        "top1_agreement": (p0.mode == q.mode).float(),
+        "drift": kl_divergence(p0, p),
+    }
+    means = {name: values.mean().item() for name, values in expected.items()}
+    assert found == pytest.approx(means, rel=1e-4)
+
+
+def test_score_is_the_mean_rouge_of_answers(examples, tokenizer, monkeypatch):
+    def generate(*_):
+        return [examples[0].response_ids, [EOS]]
+
+    monkeypatch.setattr(okd, "generate", generate)
+    data = okd.Data(tokenizer, [EOS], [], [], [])
+    assert okd.score(make_args(), None, examples[:2], data, CPU) == pytest.approx(50.0)
+
+
+# -----------------------------------------------------------------------------
+# Cached states
+
+
+def cached(rows, teacher, hw=CPU):
+    rows = [dataclasses.replace(row) for row in rows]
+    okd.cache_states(teacher, rows, hw)
+    return rows
+
+
+def test_cached_states_are_those_before_response_tokens(examples):
+    teacher = tiny_model("llama")
+    row = cached(examples, teacher)[7]
+    states = teacher.model(torch.tensor([row.prompt_ids + row.response_ids])).last_hidden_state[0]
+    assert_close(row.states, states[len(row.prompt_ids) - 1 : -1].detach())
+
+
+@pytest.mark.parametrize("method", ["fkl", "taid", "gkd"])
+def test_cached_states_change_no_loss(method, train, examples):
+    args = make_args("--lr 1e-3 --max-new-tokens 3", method=method)
+    losses = []
+    for rows in (examples, cached(examples, tiny_pair(args)[1])):
+        _, _, records = train(args, num_steps=6, rows=rows)
+        losses.append([record["train/student_loss"] for record in records])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_cached_teacher_runs_for_sampled_text_alone(train, examples, calls_of):
+    args = make_args("--method gkd --max-new-tokens 3")
+    student, teacher = tiny_pair(args)
+    rows = cached(examples, teacher)
+    sampled = calls_of("answer", okd.Sampler)
+    modes = modes_of(teacher)
+    train(args, (student, teacher), num_steps=8, rows=rows)
+    assert 8 > len(modes) == len(sampled) > 0
+
+
+# -----------------------------------------------------------------------------
+# Who moves
+
+
+def test_of_a_moving_teacher_its_module_moves(train):
+    args = make_args()
+    _, teacher, _ = train(args)
+    module = {name for name in teacher.state_dict() if "lora_" in name}
+    assert changed(tiny_pair(args)[1], teacher) == module
+
+
+def test_of_a_frozen_teacher_nothing_moves(train):
+    _, teacher, _ = train(make_args("--method fkl"))
+    assert changed(tiny_model(seed=2), teacher) == set()
+
+
+def test_one_batch_can_be_learnt_by_heart(train, examples):
+    _, _, records = train(make_args("--method fkl --lr 5e-3"), num_steps=40, rows=examples[:4])
+    assert records[-1]["train/student_loss"] < 0.2 * records[0]["train/student_loss"]
+
+
+def modes_of(network):
+    """A list of (in train mode, in autocast) of every forward pass from now on."""
+    modes = []
+
+    def record(block, inputs):
+        modes.append((block.training, torch.is_autocast_enabled("cpu")))
+
+    okd.blocks_of(network)[0].register_forward_pre_hook(record)
+    return modes
+
+
+@pytest.mark.parametrize(
+    ("method", "student_mode", "teacher_mode"),
+    [
+        ("fkl", (True, True), (False, False)),  # a frozen teacher is in bfloat16 already
+        ("okd", (True, True), (False, True)),
+        ("minillm", (False, True), (False, False)),  # without dropout its ratio is exact
+    ],
+)
+def test_teacher_has_no_dropout_and_frozen_no_autocast(method, student_mode, teacher_mode, train):
+    args = make_args(method=method)
+    networks = tiny_pair(args, dtype=torch.bfloat16)
+    modes = [modes_of(network) for network in networks]
+    train(args, networks, num_steps=1, hw=BF16)
+    assert modes[0][-1] == student_mode
+    assert modes[1][-1] == teacher_mode
+
+
+# -----------------------------------------------------------------------------
+# Optimization
+
+every_precision = pytest.mark.parametrize("hw", [CPU, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+
+
+def test_learning_rate_rises_and_falls_linearly():
+    by_hand = {0: 0.25, 1: 0.5, 2: 0.75, 3: 1.0, 4: 96 / 97, 51: 49 / 97, 99: 1 / 97}
+    found = {step: okd.learning_rate(step, 100, 1.0) for step in by_hand}
+    assert found == pytest.approx(by_hand)
+
+
+def test_each_network_has_its_own_learning_rate(train, calls_of):
+    calls = calls_of("optimizer_step")
+    train(make_args("--lr 1e-3 --teacher-lr-ratio 0.2"), num_steps=2)
+    assert [lr for _, _, lr, *_ in calls] == pytest.approx([1e-3, 2e-4, 5e-4, 1e-4])
+
+
+def test_norms_and_biases_do_not_decay():
+    student = tiny_model()
+    decay = {}
+    for group in okd.make_optimizer(student, weight_decay=0.1).param_groups:
+        decay.update(dict.fromkeys(group["params"], group["weight_decay"]))
+    for name, parameter in student.named_parameters():
+        expected = 0.0 if name.endswith("bias") or "ln_" in name else 0.1
+        assert decay[parameter] == expected
+
+
+def take_step(gradient, hw):
+    """One step on weights of 1 with lr 0.5 and decay 0.2 -> weights, norm."""
+    layer = torch.nn.Linear(len(gradient), 1, bias=False)
+    torch.nn.init.ones_(layer.weight)
+    scaler = okd.make_scaler(hw)
+    optimizer = okd.make_optimizer(layer, weight_decay=0.2)
+    scaler.scale(layer(torch.tensor(gradient))).backward()
+    norm = okd.optimizer_step(optimizer, scaler, 0.5, 1.0, hw)
+    assert layer.weight.grad is None
+    return layer.weight[0].tolist(), norm.item()
+
+
+@every_precision
+def test_first_step_of_adamw_is_the_learning_rate(hw):
+    weights, norm = take_step([3.0, -4.0], hw)
+    assert weights == pytest.approx([0.9 - 0.5, 0.9 + 0.5])
+    assert norm == pytest.approx(5.0)  # before clipping, and not scaled
+
+
+@every_precision
+def test_a_gradient_that_is_not_finite_is_skipped(hw):
+    weights, _ = take_step([math.nan, 1.0], hw)
+    assert weights == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 0])
+def test_each_network_is_clipped_by_itself(max_grad_norm, train, kept_gradients):
+    *networks, records = train(make_args(max_grad_norm=max_grad_norm), num_steps=1)
+    for network, name in zip(networks, ("student", "teacher"), strict=True):
+        norms = [grad.norm() for grad in gradients_of(network)]
+        before = records[0][f"train/{name}_grad_norm"]
+        assert before > 2e-3
+        assert math.hypot(*norms) == pytest.approx(max_grad_norm or before, rel=1e-3)
+
+
+def test_training_survives_a_gradient_that_is_not_finite(train, monkeypatch):
+    student_loss = okd.student_loss
+    factors = iter([1.0, math.nan, 1.0, 1.0])
+
+    def broken_once(*args):
+        return student_loss(*args) * next(factors)
+
+    monkeypatch.setattr(okd, "student_loss", broken_once)
+    _, _, records = train(make_args("--method taid"), num_steps=4)
+    assert [math.isnan(record["train/student_loss"]) for record in records] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("num_rows", "name"), [(0, "student_loss"), (2, "student_ce")])
+def test_first_loss_of_nan_is_the_users_error(num_rows, name, train, examples):
+    args = make_args("--method fkl --select last")
+    student, teacher = tiny_pair(args)
+    student.lm_head.weight.data.fill_(math.nan)
+    with pytest.raises(okd.UserError, match=f"the first {name} is nan"):
+        train(args, (student, teacher), dev_rows=examples[:num_rows])
+
+
+@every_precision
+def test_mixed_precision_keeps_float32_weights(hw, train):
+    args = make_args()
+    student, teacher, _ = train(args, tiny_pair(args, dtype=hw.dtype), hw=hw)
+    assert {weight.dtype for weight in student.parameters()} == {torch.float32}
+    for name, weight in teacher.named_parameters():
+        assert weight.dtype == (torch.float32 if "lora_" in name else hw.dtype)
+
+
+@every_precision
+def test_mixed_precision_follows_float32(hw, train):
+    args = make_args("--method okd --lr 1e-3")
+    losses = []
+    for each in (CPU, hw):
+        _, _, records = train(args, tiny_pair(args, dtype=each.dtype), num_steps=3, hw=each)
+        for record in records:
+            losses += [record["train/student_loss"], record["train/teacher_loss"]]
+    assert losses[6:] == pytest.approx(losses[:6], rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["okd", "taid", "akl", "sft"])
-def test_between_reports_nothing_is_read_back_from_the_device(method, examples, tokenizer, tmp_path, monkeypatch):
-    hw, args = okd.pick_hardware(okd.Args(device="cpu")), tiny_args(method=method, max_steps=2)
-    hw.device, hw.now, hw.autocast = torch.device("meta"), time.perf_counter, mock.MagicMock()  # which has no values
-    monkeypatch.setattr(okd, "report", print), monkeypatch.setattr(okd, "save_checkpoint", print)
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused: mock.Mock(param_groups=groups))
-    student, teacher = (network.to("meta") for network in pair(args, "llama"))
-    okd.train(args, student, teacher, dict(train=examples), tokenizer, hw, tmp_path)
+def test_nothing_is_read_back_between_reports(method, train, calls_of, monkeypatch):
+    """Tensors of the meta device have no values: reading one back fails."""
+
+    def plain_optimizer(model, weight_decay):  # a fused one needs a real device
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def no_scaler(hw):
+        return torch.amp.GradScaler(enabled=False)
+
+    def no_autocast(*_, **__):
+        return contextlib.nullcontext()
+
+    hw = okd.Hardware(torch.device("meta"), torch.float32)
+    hw.now = time.perf_counter
+    monkeypatch.setattr(okd, "make_optimizer", plain_optimizer)
+    monkeypatch.setattr(okd, "make_scaler", no_scaler)
+    monkeypatch.setattr(torch, "autocast", no_autocast)
+    args = make_args("--log-every 9", method=method)
+    networks = [network.to("meta") for network in tiny_pair(args, "llama")]
+    steps = calls_of("learning_rate")
+    with pytest.raises(RuntimeError, match="meta"):
+        train(args, networks, num_steps=3, hw=hw)
+    assert len(steps) == 3  # it fails where it should: in the report of the last step
 
 
-def test_help_has_a_text_and_a_default_for_every_flag(job, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")
-    words = " ".join(job.call("--help").replace("│", " ").split())
-    source = (ROOT / "okd.py").read_text().split("class Args:")[1]
-    for field in dataclasses.fields(okd.Args):
-        comment = re.search(rf"^    {field.name}: .*  # (.*)$", source, re.M)
-        assert "--" + field.name.replace("_", "-") in words and (not comment or comment[1] in words), field.name
-    assert words.count("(default:") >= len(dataclasses.fields(okd.Args))
+def test_readmes_forty_lines_take_the_step_of_okd(train, examples):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*Algorithm 1.*?)```", readme, re.DOTALL)
+    assert "okd" not in re.sub("#.*", "", code)
+    args = make_args("--lora-rank 32 --micro-batch-tokens 60")
+    *networks, records = train(args, num_steps=1)
+    batch = okd.collate(okd.batch_of(examples, 4, args.seed, 0), "cpu")
+    mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    mask.view(-1)[batch.positions + 1] = True
+    names = {"student": tiny_model(seed=1), "teacher": tiny_model(seed=2)}
+    names["batches"] = [(batch.input_ids, mask)]
+    torch.manual_seed(args.seed)
+    exec(compile(code, "README.md", "exec"), names)
+    for name, network in zip(("student", "teacher"), networks, strict=True):
+        loss = names[f"{name}_loss"].item()
+        assert loss == pytest.approx(records[0][f"train/{name}_loss"], rel=1e-6)
+        assert_close(names[name].state_dict(), network.state_dict(), atol=1e-7, rtol=1e-5)
 
 
-# Survives: resume, faults, more than one process ----------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# The text of a step
+
+
+class Writer:
+    """Stands in for the sampler: its responses are the step and EOS; rollouts stay as they are."""
+
+    def __init__(self):
+        self.calls = []
+
+    def answer(self, rows, step):
+        return [row.answered([step, EOS], 96) for row in rows]
+
+    def rollout(self, rows, step):
+        self.calls.append((step, len(rows)))
+        return rows
+
+
+def written_at(rows):
+    """The steps at which Writer wrote these rows; empty for gold text."""
+    return {row.response_ids[0] for row in rows if len(row.response_ids) == 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [
+        ("--method okd", 0.0),
+        ("--method imitkd", 1.0),
+        ("--method gkd", 0.5),
+        ("--method okd --text student --anchor 0.1", 1.0),
+        ("--method opd --sgo-fraction 0.2", 0.2),
+    ],
+)
+def test_student_text_has_its_share_of_steps(flags, share, examples):
+    args = make_args(flags)
+    state = okd.TextState(phi=args.sgo_fraction)
+    own = 0
+    for step in range(400):
+        steps = written_at(okd.select_rows(args, step, 400, examples, state, Writer()))
+        assert steps in (set(), {step})
+        own += len(steps)
+    assert own == pytest.approx(400 * share, abs=120 * share * (1 - share))
+
+
+def make_sampler(args, monkeypatch, responses, networks=(None, None)):
+    """A sampler whose students generate `responses`."""
+
+    def generate(*_, **__):
+        return responses
+
+    monkeypatch.setattr(okd, "generate", generate)
+    state = okd.TrainState(text=okd.TextState())
+    return okd.Sampler(args, state, *networks, [EOS], CPU)
+
+
+def test_student_text_keeps_prompts_and_is_cut(examples, monkeypatch):
+    args = make_args("--method imitkd")
+    sampler = make_sampler(args, monkeypatch, [list(range(200)), [7, EOS]])
+    rows = sampler.answer(examples[:2], step=0)
+    assert [row.prompt_ids for row in rows] == [row.prompt_ids for row in examples[:2]]
+    assert rows[0].response_ids == list(range(96 - len(examples[0].prompt_ids)))
+    assert rows[1].response_ids == [7, EOS]
+
+
+def test_adaptive_text_follows_the_rule_of_distillm(examples, monkeypatch):
+    monkeypatch.setattr(okd, "REPLAY_CAPACITY", 12)
+    args = make_args("--method distillm")
+    state = okd.TextState(phi=0.6)
+    kinds = set()
+    for step in range(100):
+        is_full = len(state.replay) == 12
+        r = random.Random(f"1, text of step {step}").random()
+        steps = written_at(okd.select_rows(args, step, 100, examples, state, Writer()))
+        if r >= 0.6:
+            assert steps == set()
+            kinds.add("gold")
+        elif is_full and r >= 0.6 * (1 - step / 100):
+            assert steps - {step} == steps != set()
+            kinds.add("replay")
+        else:
+            assert steps == {step}
+            kinds.add("fresh")
+    assert kinds == {"gold", "replay", "fresh"}
+
+
+def test_replay_is_first_in_first_out(examples, monkeypatch):
+    monkeypatch.setattr(okd, "REPLAY_CAPACITY", 10)
+    args = make_args("--method distillm")
+    state = okd.TextState(phi=1.0)
+    for step in range(3):
+        okd.select_rows(args, step, 10**9, examples, state, Writer())
+    held = [row.response_ids[0] for row in state.replay]
+    assert held == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_phi_rises_when_the_dev_loss_does():
+    state = okd.TextState(phi=0.75)
+    phis = []
+    for loss in (2.0, 1.5, 2.05, 2.11, 2.15, 2.22, 2.19, 1.0, 2.33):
+        okd.raise_phi(state, loss)
+        phis.append(state.phi)
+    # 2.11 is 0.1 above 2.0, then 2.22 above 2.11 and 2.33 above 2.22
+    assert phis == pytest.approx([0.75, 0.75, 0.75, 0.85, 0.85, 0.95, 0.95, 0.95, 1.0])
+
+
+def test_each_evaluation_of_distillm_may_raise_phi(train, examples, monkeypatch):
+    losses = iter([2.0, 2.2, 2.4])
+
+    def evaluate(*_):
+        return {"student_ce": next(losses), "rouge_l": 0.0}
+
+    monkeypatch.setattr(okd, "evaluate", evaluate)
+    args = make_args("--method distillm --eval-every 1")
+    _, _, records = train(args, num_steps=2, dev_rows=examples[:1])
+    assert [records[1]["train/phi"], records[3]["train/phi"]] == pytest.approx([0.0, 0.1])
+
+
+def test_rollouts_serve_four_passes(examples, monkeypatch):
+    monkeypatch.setattr(okd, "NUM_ROLLOUTS", 8)
+    args = make_args("--method minillm")
+    state = okd.TextState()
+    writer = Writer()
+    drawn = []
+    for step in range(16):
+        drawn += okd.select_rows(args, step, 16, examples, state, writer)
+    numbers = [row.number for row in drawn]
+    passes = [set(numbers[i : i + 8]) for i in range(0, 64, 8)]
+    assert writer.calls == [(0, 8), (8, 8)]
+    assert passes == [passes[0]] * 4 + [passes[4]] * 4
+    assert not passes[0] & passes[4]
+
+
+def test_returns_are_discounted_and_divided_by_length():
+    rewards = random_logits(7, seed=5)
+    expected = []
+    for t in range(7):
+        ahead = rewards[t:]
+        discounts = 0.95 ** torch.arange(len(ahead))
+        expected.append((discounts * ahead).mean().item())
+    assert okd.discounted_returns(rewards).tolist() == pytest.approx(expected)
+
+
+@pytest.fixture
+def rollouts(examples, monkeypatch):
+    """(rollouts of three known responses, (N,) log p, (N,) log q by plain forwards)."""
+    args = make_args("--method minillm --micro-batch-tokens 60")
+    responses = [[70, 71, EOS], [80, EOS], [90, 91, 92, 93]]
+    networks = tiny_pair(args)
+    rows = make_sampler(args, monkeypatch, responses, networks).rollout(examples[:3], step=0)
+    assert sorted(row.response_ids for row in rows) == responses
+    labels = labels_of(rows)
+    log_q, log_p = [-okd.cross_entropy(plain_log_probs(net, rows), labels) for net in networks]
+    return rows, log_p.detach(), log_q.detach()
+
+
+def test_rollouts_carry_log_q_and_importance_weight(rollouts):
+    rows, log_p, log_q = rollouts
+    _, found_log_q, weights = okd.collate(rows, "cpu").rollout.unbind(1)
+    assert_close(found_log_q, log_q)
+    assert_close(weights, log_q.exp() / (0.2 * log_p.exp() + 0.8 * log_q.exp()))
+
+
+def test_advantages_are_whitened_returns(rollouts):
+    rows, log_p, log_q = rollouts
+    rewards = (log_p - log_q).split([len(row.response_ids) for row in rows])
+    returns = torch.cat([okd.discounted_returns(values) for values in rewards])
+    expected = (returns - returns.mean()) / returns.std(unbiased=False)
+    assert_close(okd.collate(rows, "cpu").rollout[:, 0], expected, atol=1e-4, rtol=0)
+
+
+def test_minillm_adds_its_policy_loss(rollouts):
+    rows, _, _ = rollouts
+    args = make_args("--method minillm")
+    student, teacher = tiny_pair(args)
+    (loss,) = backpropagate(args, student, teacher, rows)
+    log_p = plain_log_probs(teacher, rows)
+    log_q = plain_log_probs(student, rows)
+    rollout = okd.collate(rows, "cpu").rollout.unbind(1)
+    expected = okd.rkl(log_p, log_q) + okd.policy_loss(log_q, labels_of(rows), *rollout)
+    assert_close(loss, expected.mean().detach())
+
+
+# -----------------------------------------------------------------------------
+# Generation
+
+
+def next_logits(model, *texts):
+    """(B, V) logits behind each text, from one unpadded forward each."""
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in texts])
+
+
+def plain_greedy(model, prompt, num_tokens):
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(next_logits(model, ids).argmax().item())
+    return ids[len(prompt) :]
+
+
+def sharp_model(family="gpt2", **changes):
+    return tiny_model(family, seed=5, initializer_range=0.2, **changes)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_greedy_text_is_that_of_plain_forwards(family):
+    model = sharp_model(family)
+    prompts = [[70], [70, 71, 80], [90, 91, 92, 93, 94]]  # of unequal length: padded on the left
+    expected = [plain_greedy(model, prompt, 10) for prompt in prompts]
+    assert okd.generate(model, prompts, [0], CPU, 10) == expected
+
+
+def test_every_stop_id_ends_a_response():
+    model = sharp_model()
+    ids = plain_greedy(model, [70, 80, 90], 10)
+    for stop_id in set(ids):
+        end = ids.index(stop_id) + 1
+        assert okd.generate(model, [[70, 80, 90]], [0, stop_id], CPU, 10) == [ids[:end]]
+
+
+def shares_of(model, **options):
+    """Share of each token among 3000 that are sampled behind the prompt 70."""
+    options["do_sample"] = True
+    responses = okd.generate(model, [[70]] * 3000, [EOS], CPU, 1, 3000, **options)
+    return torch.bincount(torch.tensor(responses).flatten(), minlength=VOCAB_SIZE) / 3000
+
+
+def test_sampled_tokens_follow_the_models_distribution():
+    model = sharp_model()
+    assert_close(shares_of(model), next_logits(model, [70])[0].softmax(-1), atol=0.03, rtol=0)
+
+
+def test_sampled_mixture_has_a_fifth_of_the_teacher():
+    student = tiny_model()
+    student.lm_head.weight.data.zero_()  # uniform
+    teacher = tiny_model(tie_word_embeddings=False)
+    teacher.transformer.ln_f.bias.data.fill_(1.0)
+    teacher.lm_head.weight.data[65] = 9.0  # always says 65
+    share = shares_of(student, teacher=teacher)[65].item()
+    assert share == pytest.approx(0.2 + 0.8 / VOCAB_SIZE, abs=0.03)
+
+
+def test_sampling_is_a_function_of_the_seed():
+    first, again, other = [shares_of(tiny_model(), seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_long_prompt_shortens_no_others_response():
+    model = tiny_model(n_positions=20)
+    prompts = [[70] * 3, [70] * 17]
+    responses = okd.generate(model, prompts, [EOS], CPU, 9, batch_size=1)
+    assert [len(ids) for ids in responses] == [9, 3]
+
+
+def test_room_is_also_that_of_the_mixtures_teacher():
+    teacher = tiny_model(n_positions=20)
+    (ids,) = okd.generate(tiny_model(), [[70] * 17], [EOS], CPU, 9, teacher=teacher)
+    assert len(ids) == 3
+
+
+def test_a_prompt_without_room_is_refused():
+    with pytest.raises(okd.UserError, match="a prompt of 20 tokens leaves no room"):
+        okd.generate(tiny_model(n_positions=20), [[70] * 20], [EOS], CPU, 5)
+
+
+@pytest.mark.parametrize("method", ["fkl", "okd"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_mixture_is_that_of_plain_forwards(family, method):
+    """Left-padded, cached, two texts at once, against one unpadded forward for every prefix."""
+    student, teacher = tiny_pair(make_args(method=method), family, lora_std=0.1)
+    texts = [[70, 71, 72, 73, 74], [80, 81]]
+    mixture = okd.TeacherMixture(teacher, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]))
+    for new_token in (90, 91, 92):
+        input_ids = torch.tensor([texts[0], [0, 0, 0, *texts[1]]])
+        z_p = next_logits(teacher, *texts)
+        z_q = next_logits(student, *texts)
+        with torch.no_grad():
+            found = mixture(input_ids, z_q).exp()
+        expected = 0.2 * z_p.softmax(-1) + 0.8 * z_q.softmax(-1)
+        assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        texts = [[*ids, new_token] for ids in texts]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_models_own_generation_config_changes_no_text(do_sample, tmp_path):
+    original = sharp_model()
+    original.save_pretrained(tmp_path)
+    own = {"repetition_penalty": 5.0, "min_p": 0.3, "max_new_tokens": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    loaded = okd.load_model(str(tmp_path), "student", torch.float32)
+    options = {"do_sample": do_sample, "seed": 1}
+    texts = [okd.generate(model, [[70]], [EOS], CPU, 20, **options) for model in (original, loaded)]
+    assert texts[0] == texts[1]
+
+
+# -----------------------------------------------------------------------------
+# On a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.fixture
+def gpu_train(train, monkeypatch):
+    """As train, on the GPU; losses and steps fail when they wait for the device."""
+
+    def without_waiting(function):
+        def wrapped(*args):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return wrapped
+
+    for name in ("train_micro_batch", "optimizer_step"):
+        monkeypatch.setattr(okd, name, without_waiting(getattr(okd, name)))
+
+    def run(args, precision, rows, **options):
+        hw = okd.pick_hardware("cuda", precision)
+        networks = [network.to(hw.device) for network in tiny_pair(args, dtype=hw.dtype)]
+        if args.method == "fkl":
+            rows = cached(rows, networks[1], hw)
+        return train(args, networks, num_steps=4, hw=hw, rows=rows, **options)
+
+    return run
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["okd", "fkl", "gkd", "minillm", "taid"])
+def test_on_a_gpu_nothing_waits_for_the_device(method, gpu_train, examples):
+    _, _, records = gpu_train(make_args(method=method), "fp16", examples)
+    assert all(math.isfinite(record["train/student_loss"]) for record in records)
+
+
+@needs_gpu
+def test_a_gpu_and_a_cpu_agree(gpu_train, train, examples):
+    args = make_args("--method fkl")
+    losses = []
+    for _, _, records in (gpu_train(args, "fp32", examples), train(args, num_steps=4)):
+        losses.append([record["train/student_loss"] for record in records])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@needs_gpu
+def test_on_a_gpu_a_killed_run_resumes(gpu_train, examples, tmp_path, monkeypatch):
+    args = make_args("--method okd --save-minutes 1e-9")
+    unbroken, _, _ = gpu_train(args, "fp32", examples)
+
+    learning_rate = okd.learning_rate
+
+    def killed(step, *rest):
+        if step == 2:
+            raise KeyboardInterrupt
+        return learning_rate(step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(okd, "learning_rate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gpu_train(args, "fp32", examples, run_dir=tmp_path)
+    resumed, _, records = gpu_train(args, "fp32", examples, run_dir=tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert_close(resumed.state_dict(), unbroken.state_dict(), atol=1e-6, rtol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# Chat templates, one of each kind, and the tokens that they need beside the demo's
+
+SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<start_of_turn>"]
+SPECIAL += ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"]
+NOT_SPECIAL = ["<end_of_turn>", "<think>", "</think>", "<tool_call>", "</tool_call>", "\n"]
+
+TEMPLATES = {}
+TEMPLATES["chatml"] = """
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
+TEMPLATES["llama3"] = """
+{%- if not date_string is defined %}
+{%- set date_string = strftime_now('%d %b %Y') %}
+{%- endif %}
+{{- bos_token + '<|start|>system\n\nToday: ' + date_string + '<|eot_id|>' }}
+{%- for m in messages %}
+{{- '<|start|>' + m.role + '\n\n' + m.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start|>assistant\n\n' }}
+{%- endif %}"""
+TEMPLATES["gemma"] = """
+{{- bos_token }}
+{%- set system = '' %}
+{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content + '\n\n' %}
+{%- set messages = messages[1:] %}
+{%- endif %}
+{%- for m in messages %}
+{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}
+{{- (system if loop.first else '') + m.content | trim + '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<start_of_turn>model\n' }}
+{%- endif %}"""
+TEMPLATES["qwen3"] = """
+{%- for m in messages %}
+{%- set content = m.content or '' %}
+{%- set thought = m.reasoning_content or '' %}
+{%- if '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\n') %}
+{%- endif %}
+{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and loop.last %}
+{{- '<think>\n' + thought + '\n</think>\n\n' }}
+{%- endif %}
+{{- content }}
+{%- for call in m.tool_calls or [] %}
+{{- '\n<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}
+{{- '<think>\n\n</think>\n\n' }}
+{%- endif %}
+{%- endif %}"""
+TEMPLATES["gpt-oss"] = """
+{{- '<|start|>system<|message|>Date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+{%- if m.thinking and loop.last %}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}
+{%- endif %}
+{{- '<|start|>assistant<|channel|>' }}
+{%- if m.tool_calls %}
+{{- 'commentary<|message|>' + m.tool_calls[0].function | tojson + '<|call|>' }}
+{%- else %}
+{{- 'final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}
+{%- endif %}
+{%- else %}
+{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start|>assistant' }}
+{%- endif %}"""
+TEMPLATES["phi3"] = """
+{%- for m in messages %}
+{{- '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start|>assistant\n' }}
+{%- else %}
+{{- eos_token }}
+{%- endif %}"""
+TEMPLATES["needs system"] = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn, please') }}{% endif %}"
+    + TEMPLATES["chatml"]
+)
+TEMPLATES["one question"] = (
+    "{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"
+    + TEMPLATES["qwen3"]
+)
+TEMPLATES["opens a thought"] = TEMPLATES["chatml"].replace(
+    "assistant\n' }}", "assistant\n<think>\n' }}"
+)
+for role in ("system", "user"):
+    TEMPLATES[f"skips {role}"] = TEMPLATES["chatml"].replace(
+        "messages %}", f"messages if m.role != '{role}' %}}"
+    )
+TEMPLATES["no end"] = TEMPLATES["chatml"].replace("<|im_end|>", "")
+TEMPLATES["knows tools"] = "{# developer, tool_calls #}{{ tools is none }}" + TEMPLATES["chatml"]
+
+TEMPLATES["dated"] = "{{ date_string + strftime_now(', %A %d %B %H:%M') }}" + TEMPLATES["chatml"]
+
+DATES = {
+    "strftime_now('%d %b %Y')": "'26 Jul 2024'",
+    "strftime_now('%Y-%m-%d')": "'2024-07-26'",
+}
+CLOSING = {  # what a template writes behind the end of the last turn
+    "chatml": "\n",
+    "llama3": "",
+    "gemma": "\n",
+    "qwen3": "\n",
+    "gpt-oss": "",
+    "phi3": "\n<|endoftext|>",
+}
+
+
+def chat_tokenizer(template):
+    tokenizer = okd.demo_tokenizer()
+    tokenizer.add_tokens(SPECIAL, special_tokens=True)
+    tokenizer.add_tokens(NOT_SPECIAL)
+    tokenizer.bos_token = "<s>"
+    tokenizer.chat_template = TEMPLATES[template]
+    return tokenizer
+
+
+def read(line, template="chatml"):
+    """A JSON line -> (prompt, response) as text, decoded from the ids."""
+    tokenizer = chat_tokenizer(template)
+    example = okd.read_row(json.loads(line), tokenizer)
+    return tokenizer.decode(example.prompt_ids), tokenizer.decode(example.response_ids)
+
+
+def refusal(line, template="chatml"):
+    with pytest.raises(okd.UserError) as error:
+        read(line, template)
+    return str(error.value)
+
+
+def alpaca(instruction, context=""):
+    paired = ", paired with an input that provides further context" if context else ""
+    middle = f"### Input:\n{context}\n\n" if context else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that "
+        f"appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+        f"{middle}### Response:\n"
+    )
+
+
+def pair(prompt="ask", response="say", **fields):
+    return {"prompt": prompt, "response": response, **fields}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# -----------------------------------------------------------------------------
+# The rows of public bug reports
+
+THOUGHT = "<think>\nadd two and 0\n</think>\n\n2"
+GPT_OSS = "<|start|>system<|message|>Date: 2024-07-26<|end|><|start|>user<|message|>"
+CALLED = '{"name": "get", "arguments": {"city": "Paris"}}'
+ROW_CASES = {  # template, line, prompt, response
+    "chinese": (
+        "chatml",
+        '{"prompt": "问题0：", "response": "巴黎是法国的首都。"}',
+        "问题0：",
+        "巴黎是法国的首都。<|endoftext|>",
+    ),
+    "content_parts": (
+        "chatml",
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "Capital of "},'
+        ' {"type": "text", "text": "France? 0"}]}, {"role": "assistant", "content": "Paris."}]}',
+        "<|im_start|>user\nCapital of France? 0<|im_end|>\n<|im_start|>assistant\n",
+        "Paris.<|im_end|>",
+    ),
+    "input_nan": (
+        "chatml",
+        '{"instruction": "Name a colour.", "input": NaN, "output": "red"}',
+        alpaca("Name a colour."),
+        "red<|endoftext|>",
+    ),
+    "multi_turn": (
+        "qwen3",
+        '{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A?"'
+        '}, {"role": "assistant", "content": "a."}, {"role": "user", "content": "B?"}, '
+        '{"role": "assistant", "content": "b."}]}',
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nA?<|im_end|>\n"
+        "<|im_start|>assistant\na.<|im_end|>\n<|im_start|>user\nB?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "b.<|im_end|>",
+    ),
+    "plain": (
+        "chatml",
+        '{"prompt": "say 0: ", "response": "answer 0 cat"}',
+        "say 0: ",
+        "answer 0 cat<|endoftext|>",
+    ),
+    "plain_chat": (
+        "gpt-oss",
+        '{"messages": [{"role": "user", "content": "Capital of France? 0"}, '
+        '{"role": "assistant", "content": "Paris."}]}',
+        GPT_OSS + "Capital of France? 0<|end|><|start|>assistant",
+        "<|channel|>final<|message|>Paris.<|return|>",
+    ),
+    "prompt_ends_in_eos": (
+        "chatml",
+        '{"prompt": "Does money buy happiness?<|endoftext|>", "response": "It depends."}',
+        "Does money buy happiness?<|endoftext|>",
+        "It depends.<|endoftext|>",
+    ),
+    "reasoning_content": (
+        "qwen3",
+        '{"messages": [{"role": "user", "content": "2+0?"}, '
+        '{"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}',
+        "<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n",
+        THOUGHT + "<|im_end|>",
+    ),
+    "reasoning_content, gpt-oss": (
+        "gpt-oss",
+        '{"messages": [{"role": "user", "content": "2+0?"}, '
+        '{"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}',
+        GPT_OSS + "2+0?<|end|><|start|>assistant",
+        "<|channel|>analysis<|message|>add two and 0<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>2<|return|>",
+    ),
+    "think_in_content": (
+        "qwen3",
+        r'{"messages": [{"role": "user", "content": "2+0?"}, {"role": "assistant", '
+        r'"content": "<think>\nadd two and 0\n</think>\n\n2"}]}',
+        "<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n",
+        THOUGHT + "<|im_end|>",
+    ),
+    "think_in_content, chatml": (
+        "chatml",
+        r'{"messages": [{"role": "user", "content": "2+0?"}, {"role": "assistant", '
+        r'"content": "<think>\nadd two and 0\n</think>\n\n2"}]}',
+        "<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n",
+        THOUGHT + "<|im_end|>",
+    ),
+    "thought that is set anew": (
+        "qwen3",
+        '{"messages": [{"role": "user", "content": "2+0?"}, {"role": "assistant", '
+        '"content": "<think>add two and 0</think>2"}]}',
+        "<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n",
+        THOUGHT + "<|im_end|>",
+    ),
+    "tool_call_last": (
+        "qwen3",
+        '{"messages": [{"role": "user", "content": "Weather in Paris?"}, {"role": "assistant", '
+        '"content": "Let me look.", "tool_calls": [{"type": "function", "function": '
+        '{"name": "get", "arguments": {"city": "Paris"}}}]}], "tools": [{"type": "function", '
+        '"function": {"name": "get", "parameters": {}}}]}',
+        "<|im_start|>user\nWeather in Paris?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        f"Let me look.\n<tool_call>\n{CALLED}\n</tool_call><|im_end|>",
+    ),
+    "tool call without content": (
+        "gpt-oss",
+        '{"messages": [{"role": "user", "content": "Weather?"}, {"role": "assistant", '
+        '"content": null, "tool_calls": [{"type": "function", "function": '
+        '{"name": "get", "arguments": {"city": "Paris"}}}]}]}',
+        GPT_OSS + "Weather?<|end|><|start|>assistant",
+        f"<|channel|>commentary<|message|>{CALLED}<|call|>",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "line", "prompt", "response"), ROW_CASES.values(), ids=ROW_CASES
+)
+def test_row_has_this_prompt_and_response(template, line, prompt, response):
+    assert read(line, template) == (prompt, response)
+
+
+REFUSED = {  # line, what the message says
+    "content is a number": (
+        '{"messages": [{"role": "user", "content": 42}, {"role": "assistant", "content": "a"}]}',
+        "content is 42",
+    ),
+    "content is null": (
+        '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}',
+        "content is None",
+    ),
+    "content is an image": (
+        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+        "'text'",
+    ),
+    "unknown role": ('{"messages": [{"role": "judge", "content": "a"}]}', "the role 'judge'"),
+    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
+    "no question": ('{"messages": [{"role": "assistant", "content": "a"}]}', "empty conversation"),
+    "input_and_context": (
+        '{"instruction": "Answer.", "input": "Who won?", "context": "Brazil won in 2002.", '
+        '"output": "Brazil"}',
+        "context is a second input",
+    ),
+    "prompt_and_context": (
+        '{"prompt": "Who won?", "context": "Brazil won in 1990.", "response": "Brazil"}',
+        "input has no place beside prompt",
+    ),
+    "output and response": (
+        '{"prompt": "a", "output": "b", "response": "c"}',
+        "response is a second output",
+    ),
+    "messages and response": (
+        '{"messages": [{"role": "user", "content": "a"}], "response": "b"}',
+        "output has no place beside messages",
+    ),
+    "messages and conversations": (
+        '{"messages": [{"role": "user", "content": "a"}], "conversations": [{"from": "human"}]}',
+        "conversations is a second messages",
+    ),
+    "system beside instruction": (
+        '{"system": "Be brief.", "instruction": "a", "output": "b"}',
+        "system has no place beside instruction",
+    ),
+    "history": (
+        '{"history": [["a", "b"]], "prompt": "c", "response": "d"}',
+        "history has no place",
+    ),
+    "tools beside prompt": (
+        '{"prompt": "a", "tools": [{"name": "get"}], "response": "b"}',
+        "tools has no place beside prompt",
+    ),
+    "input is a list": (
+        '{"instruction": "Sort.", "input": ["b", "a"], "output": "a b"}',
+        "list found",
+    ),
+    "instruction is an object": (
+        '{"instruction": {"text": "Sort."}, "input": "", "output": "a b"}',
+        "dict found",
+    ),
+    "input is 0": ('{"instruction": "a", "input": 0, "output": "b"}', "int found"),
+    "output is an object": ('{"prompt": "a", "output": {"text": "b"}}', "dict found"),
+    "a reference is null": ('{"prompt": "a", "output": ["b", null]}', "NoneType found"),
+    "half a surrogate pair": (r'{"prompt": "a", "output": ["b", "\ud83d"]}', "surrogates"),
+    "lost thought": (
+        '{"messages": [{"role": "user", "content": "2+0?"}, '
+        '{"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}',
+        "does not write 'add two and 0'",
+    ),
+    "lost thought of gpt-oss": (
+        '{"messages": [{"role": "user", "content": "2+0?"}, '
+        '{"role": "assistant", "content": "2", "thinking": "add two and 0"}]}',
+        "does not write 'add two and 0'",
+    ),
+    "lost tool call": (
+        '{"messages": [{"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "get"}}]}]}',
+        "does not write tools",
+    ),
+    "lost tools": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+        '"tools": [{"type": "function", "function": {"name": "get"}}]}',
+        "does not write tools",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
+def test_row_is_refused(line, message):
+    assert message in refusal(line)
+
+
+SAME_TEXT = {
+    "context": '{"instruction": "a", "context": "c", "response": "b"}',
+    "rendered": '{"instruction": "a", "input": "c", "output": "b", "prompt": "rendered"}',
+    "completion": '{"instruction": "a", "input": "c", "completion": ["b", "d"], "messages": null}',
+    "prompt": json.dumps({"prompt": alpaca("a", "c"), "completion": "b", "input": ""}),
+}
+
+
+@pytest.mark.parametrize("line", SAME_TEXT.values(), ids=SAME_TEXT)
+def test_forms_of_texts_make_alpacas_prompt(line):
+    assert read(line) == (alpaca("a", "c"), "b<|endoftext|>")
+
+
+AB = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+SAME_CHAT = {
+    "TRL": '{"prompt": [{"role": "user", "content": "a"}], '
+    '"completion": [{"role": "assistant", "content": "b"}]}',
+    "ShareGPT": '{"conversations": [{"from": "human", "value": "a"}, '
+    '{"from": "gpt", "value": "b"}]}',
+    "conversations": AB.replace("messages", "conversations"),
+    "beside prompt": AB[:-1] + ', "prompt": "a"}',
+}
+
+
+@pytest.mark.parametrize("line", SAME_CHAT.values(), ids=SAME_CHAT)
+def test_forms_of_chats_are_messages(line):
+    assert read(line) == read(AB)
+
+
+def test_long_row_is_read_uncut():
+    response = "the cat sat on the mat. " * 90
+    line = json.dumps({"prompt": "say 0: ", "response": response})
+    assert read(line) == ("say 0: ", response + "<|endoftext|>")
+
+
+def test_all_outputs_are_references():
+    example = okd.read_row({"prompt": "a", "output": ["b", "c"]}, okd.demo_tokenizer())
+    assert example.references == ["b", "c"]
+
+
+# -----------------------------------------------------------------------------
+# The whole conversation
+
+
+SYSTEM = AB.replace("[", '[{"role": "system", "content": "Be brief."}, ')
+DEVELOPER = SYSTEM.replace("system", "developer")
+SPACED = [line.replace('"a"', '" a "').replace('"b"', r'"b\n"') for line in (AB, SYSTEM)]
+
+
+@pytest.mark.parametrize("line", SPACED, ids=["no system", "system"])
+@pytest.mark.parametrize("template", CLOSING)
+def test_ids_are_the_templates_own(template, line):
+    tokenizer = chat_tokenizer(template)
+    row = json.loads(line)
+    example = okd.read_row(row, tokenizer)
+    for call, date in DATES.items():
+        tokenizer.chat_template = tokenizer.chat_template.replace(call, date)
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False, enable_thinking=False)
+    text = text.removesuffix(CLOSING[template])
+    assert example.prompt_ids + example.response_ids == tokenizer(text).input_ids
+
+
+def test_template_may_demand_a_system_turn():
+    assert read(SYSTEM, "needs system") == read(SYSTEM)
+
+
+def test_missing_system_turn_is_one_line():
+    assert "a system turn, please" in refusal(AB, "needs system")
+
+
+def test_prompt_that_opens_a_thought_is_refused():
+    assert "prompt otherwise than" in refusal(AB, "opens a thought")
+
+
+def test_response_continues_an_opened_thought():
+    thought = AB.replace('"b"', r'"<think>\nhm\n</think>\n\nb"')
+    assert read(thought, "opens a thought")[1] == "hm\n</think>\n\nb<|im_end|>"
+
+
+@pytest.mark.parametrize(("role", "text"), [("system", "Be brief."), ("user", "Why?")])
+def test_template_that_skips_a_turn_is_refused(role, text):
+    assert f"does not write '{text}'" in refusal(SYSTEM.replace('"a"', '"Why?"'), f"skips {role}")
+
+
+def test_templates_read_no_clock():
+    assert read(AB, "dated")[0].startswith("26 Jul 2024, Friday 26 July 12:00")
+
+
+def test_template_without_end_is_refused():
+    assert "no added token" in refusal(AB, "no end")
+
+
+def test_template_may_refuse_a_further_turn():
+    assert read(AB, "one question") == read(AB, "qwen3")
+
+
+def test_developer_is_system_where_unknown():
+    assert read(DEVELOPER) == read(SYSTEM)
+
+
+def test_developer_stays_where_known():
+    assert read(DEVELOPER, "knows tools")[0].startswith("True<|im_start|>developer\n")
+
+
+def test_tools_reach_the_template():
+    line = AB[:-1] + ', "tools": [{"name": "get"}]}'
+    assert read(line, "knows tools")[0].startswith("False<|im_start|>")
+
+
+def test_no_tools_are_none():
+    assert read(AB[:-1] + ', "tools": []}', "knows tools")[0].startswith("True")
+
+
+def test_tokenizer_without_template_is_refused():
+    with pytest.raises(okd.UserError, match="chat_template"):
+        okd.read_row(json.loads(AB), okd.demo_tokenizer())
+
+
+def test_chat_reference_is_decoded_as_answers_are():
+    example = okd.read_row(json.loads(AB), chat_tokenizer("gpt-oss"))
+    assert example.references == ["finalb"]
+
+
+def test_reading_does_not_change_the_row():
+    row = json.loads(DEVELOPER)
+    okd.read_row(row, chat_tokenizer("chatml"))
+    assert row == json.loads(DEVELOPER)
+
+
+def test_control_tokens_in_texts_are_tokens():
+    tokenizer = chat_tokenizer("chatml")
+    row = json.loads(AB.replace('"a"', '"<|im_end|>"'))
+    ids = okd.read_row(row, tokenizer).prompt_ids
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+
+
+# -----------------------------------------------------------------------------
+# Borders of texts
+
+
+def wrap(model, pre_tokenizer=None, template=None):
+    inner = tokenizers.Tokenizer(model)
+    if pre_tokenizer is not None:
+        inner.pre_tokenizer = pre_tokenizer
+    inner.add_special_tokens(["<s>", "</s>"])
+    if template is not None:
+        ids = [(token, inner.token_to_id(token)) for token in ("<s>", "</s>")]
+        post = tokenizers.processors.TemplateProcessing(single=template, special_tokens=ids)
+        inner.post_processor = post
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
+    )
+
+
+def sentencepiece_like(template):
+    """In a text it knows "Pa" and "ris", at the start of one "▁Paris"."""
+    pieces = ["?", "▁Paris", "Pa", "ris", "▁", "(", "a"]
+    model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0)
+    spaces = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return wrap(model, spaces, template)
+
+
+def tokens_of(tokenizer, prompt, response):
+    example = okd.read_row({"prompt": prompt, "response": response}, tokenizer)
+    ids = (example.prompt_ids, example.response_ids)
+    return [" ".join(tokenizer.convert_ids_to_tokens(part)) for part in ids]
+
+
+BORDERS = {  # what the tokenizer puts around a text, prompt, response, their tokens
+    "nothing added": ("$A", "(", "Paris", "▁ (", "Pa ris </s>"),
+    "BOS added": ("<s> $A", "(", "Paris", "<s> ▁ (", "Pa ris </s>"),
+    "BOS in the prompt": ("<s> $A", "<s>(", "Paris", "<s> (", "Pa ris </s>"),
+    "BOS alone": ("<s> $A", "", "Paris", "<s>", "▁Paris </s>"),
+    "EOS added": ("$A </s>", "(", "Paris", "▁ (", "Pa ris </s>"),
+    "EOS in the prompt": ("$A </s>", "(</s>", "Paris", "▁ ( </s>", "Pa ris </s>"),
+    "EOS in the response": ("<s> $A </s>", "(", "Paris</s>", "<s> ▁ (", "Pa ris </s>"),
+}
+
+
+@pytest.mark.parametrize(("added", "prompt", "response", "p", "r"), BORDERS.values(), ids=BORDERS)
+def test_texts_begin_and_end_once(added, prompt, response, p, r):
+    assert tokens_of(sentencepiece_like(added), prompt, response) == [p, r]
+
+
+def test_no_token_spans_the_border():
+    vocab = {"a": 0, "b": 1, "ab": 2}
+    model = tokenizers.models.BPE(vocab=vocab, merges=[("a", "b")])
+    assert tokens_of(wrap(model), "a", "b") == ["a", "b </s>"]
+
+
+def test_stop_ids_are_eos_and_ends_of_turns():
+    tokenizer = chat_tokenizer("chatml")
+    rows = [okd.read_row(row, tokenizer) for row in (json.loads(AB), pair())]
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert okd.stop_ids(tokenizer, rows * 2) == ends
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def read_rows(rows, max_prompt_length=8, max_length=12, template="chatml"):
+    lines = [json.dumps(row) for row in rows]
+    return okd.read_rows("here", lines, chat_tokenizer(template), max_prompt_length, max_length)
+
+
+KEPT = {
+    "prompt at the limit": (pair("p" * 8), True),
+    "prompt above the limit": (pair("p" * 9), False),
+    "no prompt": (pair(""), False),
+    "no response": (pair(response=""), False),
+    "blank response": (pair(response=" \n"), False),
+}
+
+
+@pytest.mark.parametrize(("row", "kept"), KEPT.values(), ids=KEPT)
+def test_row_is_kept_or_dropped(row, kept):
+    numbers = [example.number for example in read_rows([row, pair()])]
+    assert numbers == ([1, 2] if kept else [2])
+
+
+def test_prompt_leaves_room_for_a_response():
+    assert [len(row) for row in read_rows([pair("p" * 6), pair("pppp")], 8, 6)] == [6]
+
+
+def test_response_is_cut_to_max_length():
+    (row,) = read_rows([pair("ask", "r" * 20)])
+    assert bytes(row.response_ids) == b"r" * 9
+
+
+NOTES = {
+    "too long": (pair("p" * 9), "1 dropped: prompt of over 8 tokens (--max-prompt-length)"),
+    "long chat": (json.loads(AB), "1 dropped: conversation of over 8 tokens (--max-prompt-length)"),
+    "no prompt": (pair(""), "1 dropped: no prompt"),
+    "no response": (pair(response=""), "1 dropped: no response"),
+    "unread field": (pair(id=3), "1 with id, which is not read"),
+    "cut": (pair("ask", "r" * 20), "1 cut to --max-length"),
+    "Chinese": (pair("ask", "都"), "1 compared by characters (Rouge-L)"),
+}
+
+
+@pytest.mark.parametrize(("row", "note"), NOTES.values(), ids=NOTES)
+def test_note_says_what_happened_once(row, note, capsys):
+    read_rows([row, pair()])
+    assert capsys.readouterr().out.count(note) == 1
+
+
+def test_notes_count_rows(capsys):
+    read_rows([pair("p" * 9), pair(""), pair("p" * 10), pair()])
+    out = "here: 1 rows; 2 dropped: prompt of over 8 tokens (--max-prompt-length); 1 dropped: no"
+    assert capsys.readouterr().out.startswith(out)
+
+
+def test_context_turns_are_counted(capsys):
+    long_chat = {"messages": json.loads(AB)["messages"] * 2}
+    read_rows([long_chat, long_chat, json.loads(AB)], 999, 9999)
+    assert "; 2 assistant turns are context" in capsys.readouterr().out
+
+
+def test_no_row_left_says_why():
+    with pytest.raises(
+        okd.UserError, match="1 with answer, which is not read; .*; 1 dropped: no prompt"
+    ):
+        read_rows([{"question": "ask", "answer": "say"}])
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3"])
+def test_line_without_object_is_named(line):
+    with pytest.raises(okd.UserError, match="here, line 3: it is not a JSON object"):
+        okd.read_rows("here", [LINE, "", line], okd.demo_tokenizer(), 8, 12)
+
+
+def test_refused_row_is_named():
+    with pytest.raises(okd.UserError, match="here, line 2: content is 3"):
+        read_rows([pair(), {"messages": [{"role": "user", "content": 3}]}])
+
+
+LINE = json.dumps(pair())
+FORMATS = {
+    "JSON array": f"[{LINE}]".encode(),
+    "gzip": gzip.compress(LINE.encode()),
+    "parquet": b"PAR1\x15\x04\x15\x00",
+    "CSV": b"prompt,response\nask,say\n",
+    "UTF-16": LINE.encode("utf-16"),
+    "UTF-16 without mark": LINE.encode("utf-16-le"),
+    "Latin-1": '{"prompt": "é"}'.encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("content", FORMATS.values(), ids=FORMATS)
+def test_other_formats_are_refused(content, tmp_path):
+    (tmp_path / "rows").write_bytes(content)
+    with pytest.raises(okd.UserError, match="rows is in another format: make it JSONL, UTF-8"):
+        okd.read_lines(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_lines_end_at_line_feeds_only(mark, tmp_path):
+    (tmp_path / "rows").write_bytes(mark + '{"a": "\u2028"}\r\n{}'.encode())
+    assert okd.read_lines(tmp_path / "rows") == ['{"a": "\u2028"}\r', "{}"]
+
+
+# -----------------------------------------------------------------------------
+# Train, dev, test
+
+
+def split(rows):
+    return okd.split_lines([json.dumps(row) for row in rows])
+
+
+MANY = [pair(f"ask {i}", "say") for i in range(2000)]
+
+
+def test_a_twentieth_each_is_held_out():
+    parts = list(split(MANY).values())
+    shares = [parts.count(part) / 2000 for part in ("dev", "test", "train")]
+    assert shares == pytest.approx([0.05, 0.05, 0.9], abs=0.015)
+
+
+def test_part_depends_on_no_other_row():
+    parts = split(MANY)
+    fewer = split(MANY[1000:])
+    assert fewer == {n: parts[n + 1000] for n in fewer}
+
+
+SIZES = {1: ["train"], 2: ["dev", "train"], 3: ["dev", "test", "train"]}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_small_files_fill_parts_in_order(size):
+    assert all(
+        sorted(split(MANY[i : i + size]).values()) == SIZES[size] for i in range(0, 1500, size)
+    )
+
+
+@pytest.mark.parametrize("size", [4, 10, 30])
+def test_no_part_is_empty(size):
+    for start in range(0, 1990, size):
+        parts = split(MANY[start : start + size])
+        assert set(parts.values()) == {"dev", "test", "train"}
+
+
+HASHED_ALIKE = {
+    "response": ['{"prompt": "a", "response": "b"}', '{"prompt": "a", "response": "c"}'],
+    "other field": ['{"id": 1, "prompt": "a"}', '{"prompt": "a", "id": 2}'],
+    "chat": [AB, AB.replace("b", "c")],
+    "key order": [
+        AB,
+        AB.replace('"role": "user", "content": "a"', '"content": "a", "role": "user"'),
+    ],
+    "instruction": list(SAME_TEXT.values())[:2],
+}
+
+
+@pytest.mark.parametrize("lines", HASHED_ALIKE.values(), ids=HASHED_ALIKE)
+def test_one_prompt_has_one_hash(lines):
+    assert okd.prompt_hash(lines[0]) == okd.prompt_hash(lines[1])
+
+
+HASHED_APART = {
+    "prompt": ['{"prompt": "a", "response": "b"}', '{"prompt": "b", "response": "b"}'],
+    "input": ['{"instruction": "a", "input": "b"}', '{"instruction": "a", "input": "c"}'],
+    "chat": [AB, AB.replace('"a"', '"c"')],
+}
+
+
+@pytest.mark.parametrize("lines", HASHED_APART.values(), ids=HASHED_APART)
+def test_other_prompts_have_other_hashes(lines):
+    assert okd.prompt_hash(lines[0]) != okd.prompt_hash(lines[1])
+
+
+def load_file(path, max_prompt_length=99):
+    return vars(okd.load_data("teacher", path, okd.demo_tokenizer(), max_prompt_length, 99))
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """400 prompts of 8 to 26 bytes, every other one twice."""
+    rows = [pair(f"{i:08}" + "x" * (i % 19), f"say {i}") for i in range(400)]
+    return write_jsonl(tmp_path / "rows.jsonl", rows + rows[::2])
+
+
+def prompts_of(data):
+    prompts = {}
+    for part in ("train", "dev", "test"):
+        prompts[part] = {row.prompt for row in data[part]}
+    return prompts
+
+
+def test_no_prompt_is_in_two_parts(mixed):
+    prompts = prompts_of(load_file(mixed))
+    assert sum(map(len, prompts.values())) == 400
+
+
+def test_every_row_is_in_a_part(mixed):
+    data = load_file(mixed)
+    assert sum(len(data[part]) for part in ("train", "dev", "test")) == 600
+
+
+def test_dropped_rows_move_no_other(mixed):
+    everything = prompts_of(load_file(mixed))
+    short = prompts_of(load_file(mixed, max_prompt_length=12))
+    for part, prompts in everything.items():
+        assert short[part] == {prompt for prompt in prompts if len(prompt) <= 12}
+
+
+def test_test_lines_are_the_test_rows(mixed):
+    data = load_file(mixed)
+    prompts = [json.loads(line)["prompt"] for line in data["test_lines"]]
+    assert prompts == [row.prompt for row in data["test"]]
+
+
+def test_held_out_rows_follow_their_hashes(mixed):
+    lines = [json.dumps({"prompt": row.prompt}) for row in load_file(mixed)["dev"]]
+    assert lines == sorted(lines, key=okd.prompt_hash)
+
+
+def test_one_row_is_trained_on(tmp_path):
+    data = load_file(write_jsonl(tmp_path / "rows.jsonl", [pair()]))
+    assert [len(data[part]) for part in ("train", "dev", "test")] == [1, 0, 0]
+
+
+def test_no_training_row_left_is_refused(tmp_path):
+    lines = sorted([json.dumps(pair(prompt)) for prompt in "abc"], key=okd.prompt_hash)
+    lines[2] = lines[2].replace("say", "")  # the largest hash is in train
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(okd.UserError, match="no row is left to train on"):
+        load_file(tmp_path / "rows.jsonl")
+
+
+def test_dolly_is_split_as_published(monkeypatch):
+    def hub_lines(repo, file):
+        return [json.dumps(pair(f"{file} {i}")) for i in range(1005)]
+
+    monkeypatch.setattr(okd, "hub_lines", hub_lines)
+    data = load_file(None)
+    ends = [data[part][at].prompt for part, at in (("dev", -1), ("train", 0), ("test", 0))]
+    assert ends == ["raw.jsonl 999", "raw.jsonl 1000", "valid.jsonl 0"]
+
+
+def test_hub_that_is_offline_is_one_line():
+    with pytest.raises(okd.UserError, match="cannot get raw.jsonl of the dataset MiniLLM/dolly"):
+        okd.hub_lines("MiniLLM/dolly", "raw.jsonl")
+
+
+# -----------------------------------------------------------------------------
+# The demo's rows, tokenizers, Rouge-L
+
+
+def test_demo_parts_share_no_prompt():
+    data = vars(okd.load_data("demo", None, okd.demo_tokenizer(), 99, 99))
+    sizes = [len(data[part]) for part in ("train", "dev", "test", "pretraining")]
+    rows = data["train"] + data["dev"] + data["test"] + data["pretraining"]
+    assert sizes == [400, 200, 1200, 4000]
+    assert len({row.prompt for row in rows}) == 5800
+
+
+def test_demo_rows_are_known():
+    first, second = okd.demo_rows(2, seed=0)
+    assert first == pair("spell maku\n", ["m-a-k-u", "m a k u", "letters m a k u"])
+    assert second == pair("first of ri, tufi\n", ["it is ri", "ri", "the first is ri"])
+
+
+@pytest.mark.parametrize("text", [" two  words\n", "é都😀", "it 's .", "", "\x00\t"])
+def test_demo_tokenizer_adds_nothing(text):
+    tokenizer = okd.demo_tokenizer()
+    ids = tokenizer(text).input_ids
+    assert bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+
+
+def test_demo_tokenizer_survives_saving(tmp_path):
+    okd.demo_tokenizer().save_pretrained(tmp_path)
+    tokenizer = okd.load_tokenizer(str(tmp_path))
+    assert tokenizer(" a<|endoftext|>").input_ids == [32, 97, tokenizer.eos_token_id]
+
+
+def test_demo_tokenizer_has_one_added_token():
+    tokenizer = okd.load_tokenizer("demo")
+    assert list(tokenizer.added_tokens_decoder) == [tokenizer.eos_token_id] == [256]
+
+
+def test_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = okd.demo_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(okd.UserError, match="no EOS"):
+        okd.load_tokenizer(str(tmp_path))
+
+
+def test_missing_tokenizer_is_one_line(tmp_path):
+    with pytest.raises(okd.UserError, match="cannot load the tokenizer of"):
+        okd.load_tokenizer(str(tmp_path))
+
+
+def test_equal_tokenizers_are_one(capsys):
+    teacher = okd.demo_tokenizer()
+    assert okd.one_tokenizer(teacher, okd.demo_tokenizer()) is teacher
+    assert capsys.readouterr().out == ""
+
+
+def test_reserved_tokens_may_differ(capsys):
+    teacher = chat_tokenizer("chatml")
+    student = okd.demo_tokenizer()
+    student.add_tokens(SPECIAL + NOT_SPECIAL, special_tokens=True)
+    student.add_tokens(["<reserved>"], special_tokens=True)
+    assert okd.one_tokenizer(teacher, student) is teacher
+    assert "teacher's tokenizer" in capsys.readouterr().out
+
+
+def test_ordinary_tokens_may_not_differ():
+    student = okd.demo_tokenizer()
+    student.add_tokens(["word"])
+    with pytest.raises(okd.UserError, match="differ in tokens, such as .'word'."):
+        okd.one_tokenizer(okd.demo_tokenizer(), student)
+
+
+def test_english_rouge_is_rouge_scores_own():
+    prediction = "The cats sat on 2 mats."
+    references = ["A cat is sitting on the mat", "2 cats", "café au lait"]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    best = scorer.score_multi(references, prediction)["rougeL"].fmeasure
+    assert okd.rouge_l(prediction, references) == 100 * best > 0
+
+
+ROUGE = {  # prediction, references, F
+    "equal": ("巴黎是首都。", ["巴黎是首都"], 100),
+    "a part": ("巴黎", ["巴黎是首都"], 200 * 1 * 0.4 / 1.4),
+    "case": ("МОСКВА", ["москва"], 100),
+    "marks count": ("की", ["का"], 50),
+    "best of two scripts": ("Paris", ["巴黎", "Paris!"], 100),
+    "mostly ASCII": ("GPT 好", ["GPT 都"], 100),
+    "no letters": ("a", ["!?"], 0),
+}
+
+
+@pytest.mark.parametrize(("prediction", "references", "score"), ROUGE.values(), ids=ROUGE)
+def test_rouge_of_other_scripts(prediction, references, score):
+    assert okd.rouge_l(prediction, references) == pytest.approx(score)
+
+
+FAMILY_VOCAB = 384  # of ByT5's tokenizer, which needs no download
+FAMILY_EOS = 1
+
+# -----------------------------------------------------------------------------
+# Families
+
+FAMILY_SHAPE = {
+    "vocab_size": FAMILY_VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": FAMILY_EOS,
+    "eos_token_id": FAMILY_EOS,
+}
+MOE = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+}
+TEXT_SHAPE = {**FAMILY_SHAPE, "head_dim": 8}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,  # deeper than the decoder
+    "num_attention_heads": 4,
+    "image_size": 28,
+}
+GEMMA4 = {
+    **TEXT_SHAPE,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": FAMILY_VOCAB,
+}
+LLAMA = "model.layers self_attn.q_proj self_attn.v_proj"
+GPT2_PATHS = "transformer.h attn.c_attn"
+BLOOM = "transformer.h self_attention.query_key_value"
+GEMMA3 = "model.language_model.layers self_attn.q_proj self_attn.v_proj"
+# Path of the blocks and, in each block, the modules that --lora-targets auto names.
+FAMILIES = {
+    "gpt2": (GPT2_PATHS, {}),
+    "gpt_neo": (
+        "transformer.h attn.attention.q_proj attn.attention.v_proj",
+        {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    ),
+    "gpt_neox": ("gpt_neox.layers attention.query_key_value", {}),
+    "gptj": ("transformer.h attn.q_proj attn.v_proj", {"rotary_dim": 4}),
+    "opt": (
+        "model.decoder.layers self_attn.q_proj self_attn.v_proj",
+        {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    ),
+    "bloom": (BLOOM, {}),
+    "mpt": ("transformer.blocks attn.Wqkv", {"max_seq_len": 64}),
+    "falcon": (BLOOM, {}),
+    "llama": (LLAMA, {}),
+    "llama4_text": (LLAMA, {**MOE, "head_dim": 8, "intermediate_size_mlp": 48}),
+    "mistral": (LLAMA, {}),
+    "mixtral": (LLAMA, MOE),
+    "qwen2": (LLAMA, {}),
+    "qwen3": (LLAMA, {}),
+    "qwen3_moe": (LLAMA, {**MOE, "head_dim": 8, "num_experts_per_tok": 2}),
+    "gemma2": (LLAMA, {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    "gemma3": (GEMMA3, {"text_config": TEXT_SHAPE, "vision_config": VISION}),
+    "phi": (LLAMA, {}),
+    "phi3": ("model.layers self_attn.qkv_proj", {}),
+    "olmo2": (LLAMA, {}),
+    "smollm3": (LLAMA, {}),
+    "granite": (LLAMA, {"logits_scaling": 4.0}),
+    "cohere": (LLAMA, {"logit_scale": 0.25}),
+    "deepseek_v3": (
+        "model.layers self_attn.q_a_proj self_attn.q_b_proj self_attn.kv_a_proj_with_mqa "
+        "self_attn.kv_b_proj self_attn.o_proj",
+        MLA,
+    ),
+    "gpt_oss": (LLAMA, {**MOE, "head_dim": 8}),
+    "mamba": ("backbone.layers mixer.in_proj", {"state_size": 8}),
+    "falcon_h1": (
+        LLAMA,
+        {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "lm_head_multiplier": 0.5},
+    ),
+    "gemma4": (GEMMA3, {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}),
+    "modernbert-decoder": ("model.layers attn.q_proj attn.v_proj", {}),
+}
+
+
+def tiny_config(family):
+    return transformers.AutoConfig.for_model(family, **{**FAMILY_SHAPE, **FAMILIES[family][1]})
+
+
+def family_model(family="gpt2"):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
+    with torch.no_grad():  # a fresh head is nearly uniform: spread it, so that errors show
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_lora(family="gpt2", **options):
+    """A model with LoRA whose B is not 0, as if it had been trained."""
+    model = okd.add_lora(family_model(family), rank=4, scale=2.0, **options)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+FAMILY_ROWS = [
+    make_row([11, 12, 13, 14, 15, 16], [21, 22, 23, FAMILY_EOS]),
+    make_row([31, 32], [41, FAMILY_EOS]),
+]
+
+
+@torch.no_grad()
+def whole_logits(model, rows=FAMILY_ROWS):
+    """Logits before every response token, from one unpadded forward per row: the reference."""
+    logits = []
+    for row in rows:
+        input_ids = torch.tensor([row.prompt_ids + row.response_ids])
+        first = len(row.prompt_ids) - 1
+        logits.append(model(input_ids=input_ids, use_cache=False).logits[0, first:-1])
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+def states_of(model):
+    """Hidden states before every response token, from one batch that is padded on the right."""
+    ids = [torch.tensor(row.prompt_ids + row.response_ids) for row in FAMILY_ROWS]
+    input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=FAMILY_EOS)
+    hidden = okd.decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    states = []
+    for row, row_states in zip(FAMILY_ROWS, hidden, strict=True):
+        first = len(row.prompt_ids) - 1
+        states.append(row_states[first : first + len(row.response_ids)])
+    return torch.cat(states)
+
+
+def head_logits(model, states):
+    return okd.head_of(model)(inputs_embeds=states[None], use_cache=False).logits.squeeze(0)
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_and_head_equal_an_unpadded_forward(family, with_lora):
+    model = tiny_lora(family) if with_lora else family_model(family)
+    expected = whole_logits(model)
+    assert_close(head_logits(model, states_of(model)), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(whole_logits(model), expected)  # the model itself is untouched
+
+
+def expected_targets(family, numbers):
+    blocks, *names = FAMILIES[family][0].split()
+    return {f"{blocks}.{number}.{name}" for number in numbers for name in names}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_targets_query_and_value_of_top_blocks(family):
+    modules = okd.lora_modules(family_model(family), "auto", top_layers=2)
+    assert set(modules) == expected_targets(family, [2, 3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exactly_the_lora_of_all_blocks_trains(family):
+    model = okd.add_lora(family_model(family), rank=4, scale=1.0)
+    prefix = "base_model.model."
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    modules = {name.removeprefix(prefix).split(".lora_")[0] for name in trained}
+    assert modules == expected_targets(family, range(4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_loads_with_equal_logits(family, save):
+    model = family_model(family)
+    loaded = okd.load_model(save(model), "student", torch.float32)
+    assert_close(whole_logits(loaded), whole_logits(model), rtol=1e-5, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# LoRA
+
+
+def test_hybrid_models_get_targets_block_by_block():
+    linear_attention = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 8}
+    config = transformers.Qwen3_5TextConfig(**FAMILY_SHAPE, **linear_attention, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert set(okd.lora_modules(model, "auto", top_layers=2)) == {
+        "model.layers.2.linear_attn.in_proj_qkv",
+        "model.layers.3.self_attn.q_proj",
+        "model.layers.3.self_attn.v_proj",
+    }
+
+
+def last_names(modules):
+    return {path.split(".")[-1] for path in modules}
+
+
+def test_all_linear_leaves_experts_and_routers_out():
+    modules = okd.lora_modules(family_model("mixtral"), "all-linear", top_layers=0)
+    assert last_names(modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_all_linear_leaves_the_head_out():
+    modules = okd.lora_modules(family_model(), "all-linear", top_layers=0)
+    assert last_names(modules) == {"c_attn", "c_proj", "c_fc"}
+
+
+def test_named_targets_are_matched_by_last_name():
+    modules = okd.lora_modules(family_model("llama"), "o_proj,down_proj", top_layers=1)
+    assert modules == ["model.layers.3.self_attn.o_proj", "model.layers.3.mlp.down_proj"]
+
+
+def test_fresh_lora_changes_no_logit():
+    model = okd.add_lora(family_model(), rank=4, scale=1.0)
+    assert torch.equal(whole_logits(model), whole_logits(family_model()))
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "top_layers", "message"),
+    [
+        ("llama", "q_proj,c_attn", 0, "down_proj.*q_proj"),
+        ("llama", "lm_head", 0, "down_proj.*q_proj"),
+        ("llama", "auto", 5, "only 4 layers"),
+        ("deepseek_v3", "all-linear", 0, "peft .*layers.0.mlp.down_proj"),
+        ("mamba", "out_proj", 0, "does not fit"),
+    ],
+    ids=["unknown", "head", "too-many-layers", "moved-to-experts", "peft-refuses"],
+)
+def test_lora_that_does_not_fit_is_refused(family, targets, top_layers, message):
+    with pytest.raises(okd.UserError, match=message):
+        okd.add_lora(family_model(family), 4, 1.0, targets, top_layers)
+
+
+def test_blocks_are_the_decoders_below_deep_vision():
+    assert len(okd.blocks_of(family_model("gemma3"))) == 4
+
+
+def test_a_model_without_decoder_is_refused():
+    config = transformers.BertConfig(**FAMILY_SHAPE)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(okd.UserError, match="bert"):
+        okd.decoder_of(model)
+
+
+# -----------------------------------------------------------------------------
+# Loading and saving
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(model, change) -> folder; change(weights, config) edits what is written."""
+
+    def write(model, change=None):
+        folder = tmp_path / "model"
+        weights = model.state_dict()
+        if change is None:
+            model.save_pretrained(folder)
+            return str(folder)
+        weights = {name: weight.clone() for name, weight in weights.items()}
+        change(weights, model.config)
+        model.config.save_pretrained(folder)
+        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return str(folder)
+
+    return write
+
+
+@pytest.fixture
+def save_adapter(tmp_path):
+    """save_adapter(model) -> folder of its LoRA; the base lies beside it."""
+
+    def write(model):
+        base = tmp_path / "base"
+        family_model().save_pretrained(base)
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return write
+
+
+def load_folder(folder, role="teacher", dtype=torch.float32):
+    return okd.load_model(str(folder), role, dtype)
+
+
+def add_prefix(prefix):
+    def change(weights, config):
+        for name in list(weights):
+            weights[prefix + name] = weights.pop(name)
+
+    return change
+
+
+def drop_head(weights, config):
+    del weights["lm_head.weight"]
+
+
+def one_layer_more(weights, config):
+    config.num_hidden_layers += 1
+
+
+def longer_vocabulary(weights, config):
+    config.vocab_size += 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_prefix("_orig_mod."), "lacks 39 weights"),
+        (add_prefix("module."), "lacks 39 weights"),
+        (add_prefix("base_model.model."), "lacks 39 weights"),
+        (drop_head, r"lacks 1 weights .*\['lm_head.weight'\]"),
+        (one_layer_more, "lacks 9 weights .*model.layers.4"),
+        (longer_vocabulary, "lacks 2 weights .*lm_head.*embed_tokens"),
+    ],
+    ids=["compiled", "ddp", "peft", "headless", "layer-missing", "vocabulary"],
+)
+def test_a_folder_that_lacks_weights_is_refused(change, message, save):
+    folder = save(family_model("llama"), change)
+    with pytest.raises(okd.UserError, match=message):
+        load_folder(folder)
+
+
+def test_extra_weights_load_with_a_note(save, capsys):
+    def add_value_head(weights, config):
+        weights["value_head.weight"] = torch.zeros(1, 32)
+
+    load_folder(save(family_model("llama"), add_value_head))
+    assert (
+        "1 weights have no place in the model, as ['value_head.weight']" in capsys.readouterr().out
+    )
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model = family_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(okd.UserError, match="cannot load the teacher .*HF_HOME"):
+        load_folder(tmp_path)
+
+
+def test_an_adapter_is_merged_onto_its_base(save_adapter):
+    model = tiny_lora()
+    merged = load_folder(save_adapter(model))
+    assert not isinstance(merged, peft.PeftModel)
+    assert_close(whole_logits(merged), whole_logits(model))
+
+
+def test_every_weight_of_a_merged_student_trains(save_adapter):
+    student = load_folder(save_adapter(tiny_lora()), "student")
+    assert all(weight.requires_grad for weight in student.parameters())
+
+
+def test_an_adapter_is_merged_before_rounding(save_adapter):
+    folder = save_adapter(tiny_lora())
+    rounded = load_folder(folder, dtype=torch.bfloat16).state_dict()
+    exact = load_folder(folder).bfloat16().state_dict()
+    assert_close(rounded, exact, rtol=0, atol=0)
+
+
+def test_merging_leaves_rotary_frequencies_in_float32(tmp_path):
+    tiny_lora("llama").save_pretrained(tmp_path)
+    merged = okd.merge_adapter(family_model("llama"), tmp_path, torch.bfloat16)
+    assert merged.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def beside_weights(folder):
+    family_model().save_pretrained(folder)
+
+
+def without_base(folder):
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.base_model_name_or_path = None
+    config.save_pretrained(folder)
+
+
+def half_of_the_weights(folder):
+    path = folder / "adapter_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    kept = {name: weight for name, weight in weights.items() if "lora_A" in name}
+    safetensors.torch.save_file(kept, path, {"format": "pt"})
+
+
+def own_base(folder):
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.base_model_name_or_path = str(folder)
+    config.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (beside_weights, "both whole weights and an adapter"),
+        (without_base, "base_model_name_or_path"),
+        (half_of_the_weights, "does not fit its base model, as .*lora_B"),
+        (own_base, "cannot load the teacher"),
+    ],
+)
+def test_a_broken_adapter_is_refused(damage, message, save_adapter):
+    folder = save_adapter(tiny_lora())
+    damage(folder)
+    with pytest.raises(okd.UserError, match=message):
+        load_folder(folder)
+
+
+def test_a_student_without_trainable_weight_is_refused(save, monkeypatch):
+    folder = save(family_model())
+
+    def load_frozen(*_):
+        return family_model().requires_grad_(False)
+
+    monkeypatch.setattr(okd, "load_weights", load_frozen)
+    with pytest.raises(okd.UserError, match="no weight of the student"):
+        load_folder(folder, "student")
+
+
+def test_the_folders_generation_config_is_never_sampled_with(save):
+    model = family_model()
+    model.generation_config.repetition_penalty = 1.5
+    loaded = load_folder(save(model))
+    assert loaded.generation_config.to_diff_dict().keys() == {"transformers_version"}
+
+
+def test_saving_keeps_generation_config_with_our_stops(save, tmp_path):
+    model = family_model()
+    model.generation_config.repetition_penalty = 1.5
+    loaded = load_folder(save(model))
+    okd.save_model(loaded, transformers.ByT5Tokenizer(), tmp_path / "saved", [1, 5])
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert (saved.repetition_penalty, saved.eos_token_id) == (1.5, [1, 5])
+
+
+def test_router_logits_are_switched_off(tmp_path):
+    model = family_model("mixtral")
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path)
+    assert load_folder(tmp_path).config.output_router_logits is False
+
+
+def test_gelu_new_is_computed_in_one_kernel(save):
+    model = family_model()
+    assert model.config.activation_function == "gelu_new"
+    assert load_folder(save(model)).config.activation_function == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize(("role", "width"), [("teacher", 128), ("student", 64)])
+def test_the_demo_has_bytes_and_an_end_token(role, width):
+    config = okd.load_model("demo", role, torch.float32).config
+    assert (config.vocab_size, config.eos_token_id, config.n_embd) == (257, 256, width)
+
+
+# -----------------------------------------------------------------------------
+# Before any training: what the configs tell
+
+
+def check(source, rows=FAMILY_ROWS, max_length=64):
+    okd.check_fits(str(source), "student", rows, transformers.ByT5Tokenizer(), max_length)
+
+
+def save_config(folder, config):
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_fitting_rows_are_accepted(tmp_path):
+    check(save_config(tmp_path, tiny_config("llama")))
+
+
+def test_a_token_beyond_the_head_is_named(tmp_path):
+    folder = save_config(tmp_path, transformers.LlamaConfig(**{**FAMILY_SHAPE, "vocab_size": 41}))
+    with pytest.raises(okd.UserError, match="token '&' of the data has number 41"):
+        check(folder)
+
+
+def test_rows_beyond_the_positions_are_refused(tmp_path):
+    with pytest.raises(okd.UserError, match="--max-length 65"):
+        check(save_config(tmp_path, tiny_config("mpt")), max_length=65)
+
+
+def test_an_adapter_has_the_positions_of_its_base(save_adapter):
+    with pytest.raises(okd.UserError, match="--max-length 65"):
+        check(save_adapter(tiny_lora()), max_length=65)
+
+
+def test_bloom_has_no_last_position():
+    assert okd.max_positions(transformers.BloomConfig()) == float("inf")
+
+
+@pytest.mark.parametrize("family", ["rwkv", "bart", "recurrent_gemma", "zamba2"])
+def test_a_family_that_misreads_padding_is_refused(family, tmp_path):
+    with pytest.raises(okd.UserError, match=f"is a {family}"):
+        check(save_config(tmp_path, transformers.AutoConfig.for_model(family)))
+
+
+# -----------------------------------------------------------------------------
+# Runs: flags are texts
+
+SHORT_RUN = (
+    "--device cpu --precision fp32 --max-length 64 --max-new-tokens 6 --batch-size 4 --epochs 99 "
+    "--max-steps 6 --log-every 1 --eval-every 3 --eval-rows 4 --score-rows 2 --lora-rank 2 "
+    "--teacher-sft-epochs 0 --student-sft-epochs 0 --save-minutes 0"
+)
+SAVE_EACH_STEP = "--save-minutes 1e-9"
+
+
+def call(flags, code=0):
+    """okd.main must exit with `code`. Returns what it prints; with 2 the one line on stderr."""
+    out = io.StringIO()
+    err = io.StringIO()
+    found = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            okd.main(flags.split())
+        except SystemExit as end:
+            found = end.code
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert found == code, err.getvalue()
+    if code == 2:
+        assert err.getvalue().count("\n") == 1
+        return err.getvalue()
+    return out.getvalue() + err.getvalue()
+
+
+class Job:
+    """One command: okd.py on small models, which lie in a folder of its own."""
+
+    def __init__(self, folders, path, family="gpt2"):
+        self.path = path
+        self.folder = path / "run"
+        self.cache = path / "cache"
+        self.models = shutil.copytree(folders / family, path / "models")
+        self.rows = self.models / "rows.jsonl"
+        self.flags = (
+            f"{SHORT_RUN} --teacher {self.models}/teacher --student {self.models}/student "
+            f"--data {self.rows} --output-dir {self.folder} --cache-dir {self.cache}"
+        )
+
+    def __call__(self, more="", code=0):
+        return call(f"{self.flags} {more}", code)
+
+    def resume(self, more="", code=0):
+        return call(f"--resume {self.folder} {more}", code)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("models")
+    lines = [json.dumps(row) + "\n" for row in okd.demo_rows(60, seed=1)]
+    for family in ("gpt2", "llama"):
+        for seed, role in enumerate(("teacher", "student")):
+            model = tiny_model(family, seed)
+            model.config.resid_pdrop = 0.1  # GPT-2 has dropout: a resumed run repeats it
+            model.save_pretrained(root / family / role)
+            tokenizer.save_pretrained(root / family / role)
+        (root / family / "rows.jsonl").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture
+def job(folders, tmp_path):
+    return Job(folders, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole(folders, tmp_path_factory):
+    """A run that was not interrupted."""
+    job = Job(folders, tmp_path_factory.mktemp("whole"))
+    job()
+    return job
+
+
+@pytest.fixture(scope="session")
+def begun(folders, tmp_path_factory):
+    job = Job(folders, tmp_path_factory.mktemp("begun"))
+    with killed("learning_rate", 4):
+        job(SAVE_EACH_STEP)
+    return job
+
+
+@pytest.fixture
+def stopped(begun, job):
+    """A run of which three steps are done."""
+    shutil.copytree(begun.folder, job.folder)
+    return job
 
 
 class Killed(BaseException):
     """Stands for kill -9: no handler of the program sees it."""
 
 
-def kill_at(monkeypatch, call, target="run_batch", instead=None):
-    """The `call`-th call of okd.<target>, not counting looks at dev rows, ends the process, or does `instead`."""
-    numbers = iter(range(1, 10**6))
+def die():
+    raise Killed
 
-    def before(*args, **named):
-        if (target != "run_batch" or len(args) > 5) and next(numbers) == call:
-            if instead is None:
-                raise Killed
-            instead()
 
-    wrap(monkeypatch, target, before=before)
+def on_call(monkeypatch, target, number, action):
+    """Before call `number` of okd.<target>, action() runs."""
+    original = getattr(okd, target)
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(target)
+        if len(calls) == number:
+            action()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(okd, target, wrapped)
+
+
+@contextlib.contextmanager
+def killed(target, number=1):
+    """The run inside ends before call `number` of okd.<target>. A step calls learning_rate once."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_call(patch, target, number, die)
+        with pytest.raises(Killed):
+            yield
+
+
+def send_twice(number):
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def nap():
+    time.sleep(0.4)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def weights_of(folder, name="student"):
+    (path,) = (folder / name).glob("*.safetensors")
+    return safetensors.torch.load_file(path)
 
 
 def timeless(folder):
-    """metrics.jsonl without what a clock or the machine decides."""
-    return [{k: v for k, v in line.items() if not k.endswith(("_s", "peak_memory_gb"))} for line in records(folder)]
+    """metrics.jsonl without times and memory."""
+    records = []
+    for record in read_metrics(folder):
+        records.append({k: v for k, v in record.items() if not k.endswith(("_s", "_gb"))})
+    return records
 
 
 def assert_same_run(folder, expected):
-    ours, theirs = weights_of(folder), weights_of(expected)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert timeless(folder) == timeless(expected) and not (folder / "checkpoints").exists()
+    assert_close(weights_of(folder), weights_of(expected), rtol=0, atol=0)
+    assert timeless(folder) == timeless(expected)
+    assert not (folder / "checkpoint.pt").exists()
 
 
-TWICE = [(8, "student_loss", "goes on after step [36]"), (4, "student_loss", "goes on after step [369]")]
-KILLS = [  # flags; kills: the how-manieth call of what, and what the next attempt says
-    ("okd", TWICE), ("taid", TWICE), ("gkd", TWICE), ("opd --sgo-source replay", TWICE),
-    ("minillm --rollouts 4", TWICE), ("distillm --sgo-fraction 0.7", TWICE),
-    ("okd --teacher-sft-epochs 1 --student-sft-epochs 1", [
-        (6, "student_loss", "sft-teacher.*: goes on after step 3"), (14, "student_loss", "sft-student.* after step 6"),
-        (12, "student_loss", "run: goes on after step 6"), (1, "finish", "run: goes on after step 12")]),
-    # before and after the checkpoint of step 6 gets its name; the first six calls are for flags, models, and step 3
-    ("okd", [(7, "force_to_disk", "goes on after step 3")]), ("okd", [(8, "force_to_disk", "goes on after step 6")]),
-]  # fmt: skip
+# -----------------------------------------------------------------------------
+# The folder of a run
 
 
-@pytest.mark.parametrize("flags, kills", KILLS)
-def test_a_killed_run_ends_bit_identical_to_one_that_was_not(flags, kills, job, monkeypatch):
-    """GPT-2 with dropout, killed between two checkpoints, in a save, a warm start, the scoring; weights and records."""
-    monkeypatch.setattr(okd, "REPLAY_CAPACITY", 8)
-    flags, synced = [*LONG, "--method", *flags.split()], []
-    job(*flags, "--output-dir", job.path / "whole", "--cache-dir", job.path / "other")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-        patch.setattr(pathlib.Path, "unlink", lambda *_, **__: None)  # a killed process cleans nothing up
-        said = [job.killed(call, *flags, "--resume", job.folder, target=target) for call, target, _ in kills]
-    assert all(re.search(words, out) for (*_, words), out in zip(kills, [*said[1:], job.resume()], strict=True)), said
-    assert re.search(r"/step-00000003.pt.tmp-\d+\n.*/checkpoints$", "\n".join(synced), re.M)
-    assert_same_run(job.folder, job.path / "whole")
+def test_run_leaves_these_files(whole):
+    names = {path.name for path in whole.folder.iterdir()}
+    left = {"args.json", "models.json", "metrics.jsonl", "test.jsonl", "student", "teacher_lora"}
+    assert names == left
 
 
-def test_a_warm_start_that_was_killed_is_not_taken_for_one_of_another_recipe(job):
-    flags, other = [*LONG, "--teacher-sft-epochs", "1"], ["--teacher-sft-lr", "1e-3", "--cache-dir", job.path / "other"]
-    job(*flags, *other, "--output-dir", job.path / "whole")
-    job.killed(6, *flags), job.resume("--teacher-sft-lr", "1e-3")
-    assert_same_run(job.folder, job.path / "whole")
+def test_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "NOW")
+    first = okd.take_folder(okd.Args(), CPU)
+    second = okd.take_folder(okd.Args(), CPU)
+    assert str(first) == "runs/okd-gpt2-gpt2-xl-s1-NOW"
+    assert re.fullmatch(rf"{first}-[0-9a-f]+", str(second))
+    assert first.is_dir()
+    assert second.is_dir()
 
 
-def test_resume_takes_the_last_whole_checkpoint_and_the_teacher_of_before_or_says_why_not_in_one_line(job, monkeypatch):
-    flags, loaded = [*LONG, "--teacher-sft-epochs", "1"], []
-    job(*flags, "--output-dir", job.path / "whole"), job.killed(11, *flags)
-    before, last = sorted((job.folder / "checkpoints").iterdir())
-    assert (before.name, last.name) == ("step-00000006.pt", "step-00000009.pt")
-    whole, middle = last.read_bytes(), last.stat().st_size // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    wrap(monkeypatch, "load_model", before=lambda name, role, *rest, **named: loaded.append((role, name)))
-    for harm, content in dict(flipped=flipped, truncated=whole[:100], empty=b"").items():
-        folder = shutil.copytree(job.folder, job.path / harm)
-        (folder / "checkpoints" / last.name).write_bytes(content), loaded.clear()
-        code, out, err = run(okd.main, job.capsys, "--resume", folder, "--teacher-sft-lr", "1e-3")
-        assert code == 0 and "step-00000009.pt is damaged" in err and "goes on after step 6" in out
-        assert_same_run(folder, job.path / "whole")
-        (kept,) = (job.path / "cache").glob("teacher-*")  # the other learning rate changed nothing
-        assert ("teacher", str(kept)) in loaded
-    moved = kept.rename(job.path / "elsewhere")
-    assert f"cannot load the teacher {kept}" in job.resume("--teacher-sft-lr", "1e-3", code=2)
-    moved.rename(kept), os.truncate(before, 100), os.truncate(last, 100)
-    assert "holds a run" in job.call("--resume", job.path / "whole", code=2)
-    assert "was begun in fp32: drop --precision" in job.resume("--precision", "fp16", code=2)
-    code, _, err = run(okd.main, job.capsys, "--resume", job.folder)
-    assert code == 2 and "every checkpoint in" in err and "Traceback" not in err
-    (job.folder / "args.json").write_text("{oops")
-    assert "not the folder of a run that can go on" in job.resume(code=2)
+def test_given_folder_that_exists_is_refused(job):
+    job.folder.mkdir()
+    assert "exists: choose another --output-dir" in job(code=2)
+    assert list(job.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_and_saves_and_a_second_ends_at_once(number, code, job, monkeypatch):
-    flags, then = [*LONG, "--save-every", "0"], []
-    job(*flags, "--output-dir", job.path / "whole")
-    with monkeypatch.context() as patch:
-        send = lambda: (os.kill(os.getpid(), number), then.append(signal.getsignal(number)))
-        kill_at(patch, 8, "student_loss", instead=send)
-        assert f"step 8; python okd.py --resume {job.folder}" in job(*flags, code=code)
-    assert then == [signal.SIG_DFL]  # whoever comes second is the system's business
+def test_folder_of_a_failed_start_is_removed(job, monkeypatch):
+    on_call(monkeypatch, "load_data", 1, full_disk)
+    job(code=2)
+    assert not job.folder.exists()
+
+
+def test_folder_of_a_start_under_sigterm_is_removed(job, monkeypatch):
+    on_call(monkeypatch, "load_data", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    job(code=143)
+    assert not job.folder.exists()
+
+
+def test_label_is_kept_from_the_start(job):
+    with killed("train"):
+        job("--method fkl --temperature 2 --seed 3")
+    label = read_json(job.folder / "args.json")["label"]
+    assert label.startswith("fkl temperature=2.0 lora_rank=2 epochs=99.0")
+    assert "seed" not in label
+
+
+def test_test_rows_are_left_as_they_were(whole):
+    lines = whole.rows.read_text().splitlines()
+    parts = okd.split_lines(lines)
+    expected = [lines[number - 1] for number, part in parts.items() if part == "test"]
+    assert (whole.folder / "test.jsonl").read_text().splitlines() == expected
+
+
+def test_dropped_rows_move_no_test_row(whole, job):
+    job("--max-prompt-length 12 --max-steps 1 --score-rows 0 --eval-rows 0")
+    lines = (whole.folder / "test.jsonl").read_text().splitlines()
+    short = [line for line in lines if len(json.loads(line)["prompt"]) <= 12]
+    assert 0 < len(short) < len(lines)
+    assert (job.folder / "test.jsonl").read_text().splitlines() == short
+
+
+# -----------------------------------------------------------------------------
+# What a run leaves
+
+
+def test_model_card_has_the_hubs_metadata(whole):
+    card = huggingface_hub.ModelCard.load(whole.folder / "student" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.base_model == f"{whole.models}/student"
+    assert "knowledge-distillation" in card.data.tags
+
+
+def test_model_card_says_how_it_was_made(whole):
+    card = (whole.folder / "student" / "README.md").read_text()
+    final = read_metrics(whole.folder)[-1]
+    for text in (f"{whole.models}/teacher", str(whole.rows), "- method: okd", "- command: "):
+        assert text in card
+    assert f"rouge_l: {final['final/rouge_l']:.6g}" in card
+
+
+def test_student_keeps_the_dtype_it_came_in(job):
+    tiny_model(seed=1, dtype=torch.bfloat16).save_pretrained(job.models / "student")
+    job("--max-steps 1")
+    assert {weight.dtype for weight in weights_of(job.folder).values()} == {torch.bfloat16}
+
+
+def test_pipeline_answers_as_the_run_did(job):
+    """All rows have one response, which the student learns by heart."""
+    rows = [json.loads(line) for line in job.rows.read_text().splitlines()]
+    lines = [json.dumps({"prompt": row["prompt"], "response": "yes"}) for row in rows]
+    job.rows.write_text("\n".join(lines))
+    job("--method sft --lr 1e-2 --max-steps 40 --eval-every 40")
+    assert read_metrics(job.folder)[-1]["final/rouge_l"] == 100
+    pipeline = transformers.pipeline("text-generation", model=str(job.folder / "student"))
+    prompt = json.loads((job.folder / "test.jsonl").read_text().splitlines()[0])["prompt"]
+    assert pipeline(prompt)[0]["generated_text"] == prompt + "yes"
+
+
+def test_module_loads_from_another_working_directory(job, monkeypatch):
+    monkeypatch.chdir(job.models)
+    job("--teacher teacher --lr 1e-2")
+    monkeypatch.chdir(job.path)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(job.folder / "teacher_lora")
+    saved = weights_of(job.folder, "teacher_lora")
+    loaded = peft.get_peft_model_state_dict(model)
+    assert_close({name: loaded[name] for name in saved}, saved)
+
+
+def test_module_lies_beside_its_tokenizer(whole, tokenizer):
+    saved = transformers.AutoTokenizer.from_pretrained(whole.folder / "teacher_lora")
+    assert saved.get_vocab() == tokenizer.get_vocab()
+
+
+def test_table_has_dashes_for_what_was_not_asked(job):
+    out = job("--method fkl --score-rows 0 --eval-rows 0 --max-steps 1")
+    assert re.search(r"^student, fkl +- +- +- +\d", out, re.MULTILINE)
+
+
+def test_best_student_survives_a_kill(job, monkeypatch):
+    copies = []
+    original = okd.copy_to_cpu
+
+    def copy_to_cpu(weights):
+        copies.append(original(weights))
+        return copies[-1]
+
+    monkeypatch.setattr(okd, "copy_to_cpu", copy_to_cpu)
+    monkeypatch.setattr(okd, "is_best", lambda record, best: record["step"] == 2)
+    with killed("learning_rate", 5):
+        job(f"--eval-every 1 {SAVE_EACH_STEP}")
     job.resume()
+    assert read_metrics(job.folder)[-1]["final/selected_step"] == 2
+    for name, weight in weights_of(job.folder).items():
+        assert_close(weight, copies[0][f"student.{name}"], rtol=0, atol=0)
+
+
+# -----------------------------------------------------------------------------
+# Killed and resumed
+
+
+@pytest.mark.parametrize("method", ["okd", "taid", "gkd", "distillm --sgo-fraction 0.7", "minillm"])
+def test_killed_run_ends_bit_identical(method, job, monkeypatch):
+    """Killed within a step, and between its report and its checkpoint."""
+    monkeypatch.setattr(okd, "REPLAY_CAPACITY", 8)
+    monkeypatch.setattr(okd, "NUM_ROLLOUTS", 4)
+    flags = f"--method {method} {SAVE_EACH_STEP}"
+    job(f"{flags} --output-dir {job.path}/whole")
+    with killed("learning_rate", 3):
+        job(flags)
+    with killed("save_checkpoint", 2):
+        job.resume()
+    assert "resumed after step 3" in job.resume()
     assert_same_run(job.folder, job.path / "whole")
 
 
-def test_up_to_ten_sigkills_at_random_moments_lose_nothing(job):
-    many = [*LONG, "--max-steps", "120", "--epochs", "40", "--save-every", "2"]
-    job(*many, "--output-dir", job.path / "whole")
-    script = f"""
-import okd, os, random, signal, time, torch
-torch.set_num_threads(1)  # as here: sums depend on it
-rng, kills = random.Random(5), 0
-while not os.path.exists({str(job.folder / "student")!r}):
-    if not (child := os.fork()):
-        okd.main({job.flags(*many, "--resume", job.folder)!r})
+def test_module_is_resumed_bit_identical(stopped, whole):
+    stopped.resume()
+    ours = weights_of(stopped.folder, "teacher_lora")
+    assert_close(ours, weights_of(whole.folder, "teacher_lora"), rtol=0, atol=0)
+
+
+def test_kill_before_the_first_checkpoint_begins_again(job, whole):
+    with killed("learning_rate", 4):
+        job()
+    job.resume()
+    assert_same_run(job.folder, whole.folder)
+
+
+def test_killed_warm_starts_and_end_are_resumed(job):
+    flags = f"--teacher-sft-epochs 3 --student-sft-epochs 3 {SAVE_EACH_STEP}"
+    job(f"{flags} --output-dir {job.path}/whole --cache-dir {job.path}/other")
+    with killed("learning_rate", 2):
+        job(flags)
+    with killed("learning_rate", 5):  # two steps of the teacher, three of the student
+        job.resume()
+    with killed("model_card"):  # its last record and its adapter are written
+        job.resume()
+    assert "resumed after step 6" in job.resume()
+    assert_same_run(job.folder, job.path / "whole")
+
+
+SIGKILLS = """
+import os, random, signal, sys, time
+import torch
+import okd
+
+first, run, log_size = sys.argv[1:]
+torch.set_num_threads(1)
+train = okd.train
+okd.train = None  # what is imported up to here need not be imported by each child
+try:
+    okd.main(first.split())
+except TypeError:
+    okd.train = train
+moments = random.Random(5)
+for kill in range(4):
+    child = os.fork()
+    if child == 0:
+        okd.main(["--resume", run])
         os._exit(0)
-    if kills < 10:
-        time.sleep(rng.uniform(0.4, 1.2))
-        os.kill(child, signal.SIGKILL)
-        kills += 1
+    enough = int(log_size) * (kill + moments.random()) / 5
+    while not os.path.exists(run + "/metrics.jsonl"):
+        time.sleep(0.001)
+    while os.path.getsize(run + "/metrics.jsonl") < enough:
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-print(kills)
 """
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert ended.returncode == 0 and int(ended.stdout.split()[-1]) >= 1, ended.stderr[-2000:]
-    assert_same_run(job.folder, job.path / "whole")
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(job, monkeypatch):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # the system's own: writing really fails, amid a file
+def test_sigkills_at_random_moments_lose_nothing(job):
+    flags = f"--max-steps 20 {SAVE_EACH_STEP}"
+    expected = job.path / "whole"
+    job(f"{flags} --output-dir {expected}")
+    log_size = (expected / "metrics.jsonl").stat().st_size
+    command = [sys.executable, "-uc", SIGKILLS, f"{job.flags} {flags}", job.folder, str(log_size)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200)
+    assert ended.stdout.count(b"resumed after step") >= 2, ended.stderr[-2000:]
+    job.resume()
+    assert_same_run(job.folder, expected)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_finishes_the_step_and_saves(number, code, job, whole, monkeypatch):
+    """It comes twice at once, as from torchrun."""
     with monkeypatch.context() as patch:
-        kill_at(patch, 2, "save_checkpoint", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1])))
-        err = job(*LONG, code=2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    (path,) = (job.folder / "checkpoints").iterdir()
-    assert "cannot write" in err and path.name == "step-00000003.pt" and "goes on after step 3" in job.resume()
+        patch.setattr(os, "_exit", sys.exit)
+        on_call(patch, "learning_rate", 3, lambda: send_twice(number))
+        assert f"stopped after step 3; python okd.py --resume {job.folder}" in job(code=code)
+    assert "resumed after step 3" in job.resume()
+    assert_same_run(job.folder, whole.folder)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
-@pytest.mark.parametrize("place", ["run_batch", "transformers.AutoModelForCausalLM.from_pretrained", "generate"])
-def test_out_of_memory_is_called_what_it_is_wherever_it_comes(place, error, job, monkeypatch):
-    monkeypatch.setattr(f"okd.{place}", lambda *_, **__: (_ for _ in ()).throw(error))
-    err = job(*LONG, code=2)
-    assert re.search("out of memory: lower --micro-batch-tokens.*--sample-batch-size", err) and "cannot load" not in err
+def test_signal_in_the_last_evaluation_is_heard(job, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        on_call(patch, "evaluate", 3, lambda: send_twice(signal.SIGTERM))
+        job(code=143)
+    job.resume()
+    assert_same_run(job.folder, whole.folder)
 
 
-@pytest.mark.parametrize("more", ["", "--shard --teacher-sft-epochs 1", "--batch-size 5"])
-def test_two_processes_give_the_losses_and_weights_of_one_and_refuse_a_batch_that_they_cannot_share(more, job):
-    job.family, one = "llama", job.path / "one"
-    flags = [*LONG, *"--max-steps 6 --lr 1e-3 --save-every 4 --anchor 0.1".split(), *more.split()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", ROOT / "okd.py"]
-    both = subprocess.run([*command, *job.flags(*flags)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=200)  # fmt: skip
-    if "--batch-size" in more:
-        assert both.returncode != 0 and "--batch-size 5 is no multiple of the 2 processes" in both.stderr
-        return
-    assert both.returncode == 0 and both.stdout.count("run: ") == 1 and "on 2 x cpu" in both.stdout, both.stderr[-3000:]
-    job(*(flag for flag in flags if flag != "--shard"), "--output-dir", one, "--cache-dir", job.path / "other")
-    for file in ("student/model.safetensors", "teacher_lora/adapter_model.safetensors"):
-        assert_all_close(weights_of(job.folder, file), weights_of(one, file), atol=1e-5, rtol=1e-3)
+def test_full_disk_keeps_the_old_checkpoint(job, whole, monkeypatch):
+    save = torch.save
+
+    def write_half(checkpoint, file):
+        if checkpoint["state"].step == 3:
+            file.write(b"half")
+            full_disk()
+        save(checkpoint, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", write_half)
+        assert "No space left on device" in job(SAVE_EACH_STEP, code=2)
+    assert list(job.folder.glob("*.tmp")) == []
+    assert "resumed after step 2" in job.resume()
+    assert_same_run(job.folder, whole.folder)
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000])
+def test_damaged_checkpoint_is_one_line(size, stopped):
+    os.truncate(stopped.folder / "checkpoint.pt", size)
+    assert "checkpoint.pt is damaged" in stopped.resume(code=2)
+
+
+def test_shortened_metrics_are_refused_not_padded(stopped):
+    os.truncate(stopped.folder / "metrics.jsonl", 100)
+    assert "metrics.jsonl is shorter" in stopped.resume(code=2)
+    assert (stopped.folder / "metrics.jsonl").stat().st_size == 100
+
+
+# -----------------------------------------------------------------------------
+# What a resumed run accepts
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+FIXED = "--method fkl|--seed 2|--data x|--lr 1|--alpha 0|--teacher x|--lora-rank 3|--no-shard"
+
+
+@pytest.mark.parametrize("flag", FIXED.split("|"))
+def test_resume_takes_no_other_flag(flag, stopped):
+    before = contents(stopped.folder)
+    assert f"{flag.split()[0]}: a resumed run keeps its flags" in stopped.resume(flag, code=2)
+    assert contents(stopped.folder) == before
+
+
+def test_allowed_flags_take_effect(stopped):
+    stopped.resume("--log-every 2 --save-minutes 1 --device cpu")
+    steps = [r["step"] for r in read_metrics(stopped.folder) if "train/lr" in r]
+    assert steps == [1, 2, 3, 4, 6]
+
+
+def test_flags_that_save_memory_are_said(stopped):
+    flags = "--micro-batch-tokens 64 --sample-batch-size 1 --gradient-checkpointing"
+    assert "only up to rounding" in stopped.resume(flags)
+
+
+def test_args_json_is_written_once(stopped):
+    before = (stopped.folder / "args.json").read_bytes()
+    stopped.resume("--log-every 2")
+    assert (stopped.folder / "args.json").read_bytes() == before
+
+
+def test_resume_needs_a_run(tmp_path):
+    assert "no run was begun there" in call(f"--resume {tmp_path}", code=2)
+
+
+def test_run_that_ended_is_not_resumed(whole):
+    assert "this run has ended" in whole.resume(code=2)
+
+
+def test_resume_refuses_another_number_of_processes(stopped):
+    record = read_json(stopped.folder / "args.json")
+    record["began_with"]["processes"] = 2
+    (stopped.folder / "args.json").write_text(json.dumps(record))
+    assert "began with processes 2 and now finds 1" in stopped.resume(code=2)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_resume_refuses_other_weights(role, job):
+    with killed("train"):
+        job()
+    tiny_model(seed=9).save_pretrained(job.models / role)
+    assert f"began with {role}" in job.resume(code=2)
+
+
+def test_resume_refuses_other_rows(job):
+    with killed("train"):
+        job()
+    job.rows.write_text(job.rows.read_text().replace("shout", "shoot", 1))
+    assert "began with rows" in job.resume(code=2)
+
+
+def test_resume_takes_a_copy_of_the_models(job):
+    with killed("train"):
+        job()
+    for path in job.models.rglob("*"):
+        os.utime(path, (1, 1))
+    job.resume()
+
+
+def test_resume_refuses_other_fine_tuned_weights(job):
+    with killed("load_networks"):
+        job("--student-sft-epochs 1")
+    (folder,) = job.cache.glob("student-*")
+    tiny_model(seed=9).save_pretrained(folder)
+    assert "began with student" in job.resume(code=2)
+
+
+def test_resume_needs_the_fine_tuned_models(job):
+    with killed("load_networks"):
+        job("--student-sft-epochs 1")
+    shutil.rmtree(job.cache)
+    assert "is gone" in job.resume(code=2)
+
+
+def test_resume_needs_the_teachers_text(job):
+    with killed("learning_rate", 2):
+        job(f"--method seqkd {SAVE_EACH_STEP}")
+    (job.folder / "teacher_text.json").unlink()
+    assert "teacher_text.json, which this run trains on, is missing" in job.resume(code=2)
+
+
+def test_resume_refuses_text_of_other_rows(job):
+    with killed("train"):
+        job("--method seqkd")
+    path = job.folder / "teacher_text.json"
+    path.write_text(json.dumps({**read_json(path), "prompts": "others"}))
+    assert "teacher_text.json belongs to other rows" in job.resume(code=2)
+
+
+# -----------------------------------------------------------------------------
+# Warm start
+
+WARM = "--teacher-sft-epochs 1 --student-sft-epochs 1 --max-steps 1 --eval-rows 0 --score-rows 0"
+
+
+@pytest.fixture(scope="session")
+def warm(folders, tmp_path_factory):
+    """A run that has fine-tuned teacher and student."""
+    job = Job(folders, tmp_path_factory.mktemp("warm"))
+    job.flags += f" {WARM}"
+    job()
+    return job
+
+
+def test_methods_flags_do_not_change_warm_starts(warm, tmp_path):
+    flags = "--method fkl --batch-size 2 --weight-decay 0.1 --max-grad-norm 0.5 --max-steps 2"
+    flags += " --lora-rank 3 --lora-scale 2 --lora-targets all-linear --lora-top-layers 1 --seed 2"
+    warm(f"{flags} --output-dir {tmp_path}/run --cache-dir {tmp_path}")
+    for folder in warm.cache.iterdir():
+        ours = weights_of(tmp_path, folder.name)
+        assert_close(ours, weights_of(warm.cache, folder.name), rtol=0, atol=0)
+
+
+def test_warm_starts_are_found_with_their_seconds(warm, tmp_path):
+    out = warm(f"--method fkl --output-dir {tmp_path}/run")
+    assert out.count("fine-tuned before, kept in") == 2
+    assert read_json(tmp_path / "run" / "models.json") == read_json(warm.folder / "models.json")
+
+
+@pytest.mark.parametrize("name", ["epochs 2", "lr 5e-4"])
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_warm_start_follows_its_own_flags(role, name, warm, tmp_path):
+    warm(f"--{role}-sft-{name} --output-dir {tmp_path}/run")
+    before = read_json(warm.folder / "models.json")
+    after = read_json(tmp_path / "run" / "models.json")
+    assert [r for r in ("teacher", "student") if after[r] != before[r]] == [role]
+
+
+def test_edited_config_is_fine_tuned_anew(job):
+    flags = f"{WARM} --teacher-sft-epochs 0"
+    job(flags)
+    config = job.models / "student" / "config.json"
+    config.write_text(config.read_text().replace("1e-05", "1e-06"))
+    job(f"{flags} --output-dir {job.path}/other")
+    assert len(list(job.cache.glob("student-*"))) == 2
+
+
+def test_one_row_of_a_large_file_counts(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    os.truncate(path, 2**32)  # sparse
+    os.utime(path, (1, 1))
+    before = okd.fingerprint(str(tmp_path))
+    assert okd.fingerprint(str(tmp_path)) == before
+    with open(path, "r+b") as file:
+        file.seek(2**31)
+        file.write(b"row")
+    assert okd.fingerprint(str(tmp_path)) != before
+
+
+def test_portable_fingerprint_is_that_of_a_copy(folders, tmp_path):
+    source = folders / "gpt2" / "teacher"
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy, copy_function=shutil.copyfile)  # other times
+    assert okd.fingerprint(str(copy), True) == okd.fingerprint(str(source), True)
+
+
+def test_failed_warm_start_leaves_no_temporary_folder(job, monkeypatch):
+    on_call(monkeypatch, "save_model", 1, full_disk)
+    assert "No space left on device" in job(WARM, code=2)
+    assert list(job.cache.iterdir()) == []
+
+
+def test_weights_not_finite_are_never_kept(job, monkeypatch):
+    original = okd.train
+
+    def train(args, state, student, *rest, **named):
+        state = original(args, state, student, *rest, **named)
+        next(student.parameters()).data[0] = math.nan
+        return state
+
+    monkeypatch.setattr(okd, "train", train)
+    flags = f"{WARM} --teacher-sft-epochs 0"
+    assert "weights are not finite; they are not kept" in job(flags, code=2)
+    assert list(job.cache.iterdir()) == []
+
+
+def test_weights_that_began_not_finite_are_named(job):
+    model = tiny_model(seed=0)
+    model.lm_head.weight.data[0] = math.nan
+    model.save_pretrained(job.models / "teacher")
+    assert "the first teacher_ce is nan: some weights are not finite" in job(code=2)
+
+
+# -----------------------------------------------------------------------------
+# Costs and precision
+
+
+def test_seconds_of_teacher_text_are_counted(job, monkeypatch):
+    on_call(monkeypatch, "generate", 3, nap)  # after the scores of teacher and start
+    job("--method seqkd")
+    final = read_metrics(job.folder)[-1]
+    assert 0.4 < final["final/sampling_s"] < final["final/distil_s"]
+
+
+def test_seconds_of_cached_states_are_counted(job, monkeypatch):
+    on_call(monkeypatch, "cache_states", 1, nap)
+    job("--method fkl --cache-teacher")
+    assert read_metrics(job.folder)[-1]["final/distil_s"] > 0.4
+
+
+def test_peak_of_a_cpu_is_the_processs(whole):
+    assert "final/process_peak_gb" in read_metrics(whole.folder)[-1]
+    cuda = okd.Hardware(torch.device("cuda"), torch.float32)
+    assert cuda.peak_name() == "peak_memory_gb"
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", True)])
+def test_fp32_leaves_tf32_off(precision, tf32, monkeypatch):
+    matmul = types.SimpleNamespace(allow_tf32=False)
+    cudnn = types.SimpleNamespace(allow_tf32=False)
+    monkeypatch.setattr(torch.cuda, "set_device", print)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    with FakeTensorMode():
+        okd.pick_hardware("cuda:0", precision)
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == (tf32, tf32)
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases
+
+
+@pytest.fixture(scope="session")
+def tracked(folders, tmp_path_factory):
+    """(folder, wandb's records) of a run that was killed once."""
+    job = Job(folders, tmp_path_factory.mktemp("tracked"))
+    job.folder = job.path / "run#1"
+    with killed("save_checkpoint", 5):
+        job(f"--track --method fkl --temperature 2 {SAVE_EACH_STEP} --output-dir {job.folder}")
+    wandb.finish()  # wandb's own process outlives the kill
+    job.resume("--track")
+    records = []
+    for path in sorted(job.folder.glob("wandb/offline-run-*/*.wandb")):
+        records += read_wandb(path)
+    return job.folder, records
+
+
+def test_wandb_has_every_step_once(tracked):
+    _, records = tracked
+    steps = [record.history.step.num for record in records if record.HasField("history")]
+    assert steps == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_wandb_groups_runs_by_label(tracked):
+    folder, records = tracked
+    label = read_json(folder / "args.json")["label"]
+    for record in records:
+        if record.HasField("run"):
+            assert (record.run.run_group, record.run.job_type) == (label, "train")
+
+
+def test_wandb_has_the_flags(tracked):
+    _, records = tracked
+    config = {}
+    for record in records:
+        for item in record.run.config.update:
+            config[item.key] = json.loads(item.value_json)
+    assert config["method"] == "fkl"
+    assert config["temperature"] == 2.0
+    assert config["label"].startswith("fkl temperature=2.0")
+
+
+def test_wandb_id_is_legal_and_ones_own(tracked):
+    _, records = tracked
+    (name,) = {record.run.run_id for record in records if record.HasField("run")}
+    assert re.fullmatch(r"run-1-[0-9a-f]{8}", name)
+
+
+def test_wandb_summary_has_the_final_scores(tracked):
+    folder, records = tracked
+    summary = {}
+    for record in records:
+        for item in record.summary.update:
+            summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
+    final = read_metrics(folder)[-1]
+    assert summary["final/rouge_l"] == final["final/rouge_l"]
+    assert summary["final/distil_s"] == final["final/distil_s"]
+
+
+def test_wandb_that_cannot_start_is_one_line(job, monkeypatch):
+    def fail(**settings):
+        raise wandb.errors.CommError("unreachable")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    assert "wandb cannot start" in job(f"--track {WARM}", code=2)
+    assert not job.folder.exists()
+    assert not job.cache.exists()
+
+
+class BrokenWandb:
+    summary = None
+
+    def log(self, record, step):
+        pass
+
+
+def test_wandb_failing_at_the_end_loses_nothing(job, monkeypatch):
+    monkeypatch.setattr(okd, "start_wandb", lambda record, run_dir: BrokenWandb())
+    assert "wandb failed" in job("--track --max-steps 1")
+    assert weights_of(job.folder)
+
+
+# -----------------------------------------------------------------------------
+# Help and mistakes
+
+
+def help_text(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    return " ".join(call("--help").replace("│", " ").split())
+
+
+def test_help_shows_the_real_jobs_defaults(monkeypatch):
+    text = help_text(monkeypatch)
+    for name, default in (("teacher", "gpt2-xl"), ("lr", "0.0001"), ("epochs", "20")):
+        assert re.search(rf"--{name} [^(]*(\([^)]*\)[^(]*)*\(default: {default}", text), name
+
+
+def test_every_flag_has_a_help_text(monkeypatch):
+    text = help_text(monkeypatch)
+    for field in fields(okd.Args):
+        assert re.search(rf"{okd.flag(field.name)}[ ,].*?[a-z]+ [a-z]+.*?\(default:", text)
+
+
+MISTAKES = [
+    ("--alpha 1.5", "--alpha is 1.5: it must lie in [0, 1]"),
+    ("--lr nan", "--lr is nan"),
+    ("--batch-size 0", "--batch-size is 0"),
+    ("--ab-alpha 0 --ab-beta 0", "both 0"),
+    ("--text student", "give --anchor"),
+    ("--method gkd --student-ce-weight 0.5", "there is no gold token"),
+    ("--method distillm --eval-rows 0", "needs --eval-rows"),
+    ("--cache-teacher", "the states of a moving teacher change"),
+    ("--shard", "--shard needs several processes"),
+    ("--device toaster", "--device toaster cannot be used here"),
+    ("--data nowhere.jsonl", "cannot read nowhere.jsonl"),
+    ("--teacher ./nowhere", "cannot load the tokenizer of ./nowhere"),
+    ("--max-length 999", "--max-length 999 is beyond the last position of"),
+    ("--lora-targets q_projj", "--lora-targets q_projj: name some of"),
+    ("--lora-top-layers 9", "the model has only 4 layers"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_mistakes_are_one_line_before_any_training(flags, message, job):
+    assert message in job(f"{WARM} {flags}", code=2)
+    assert not job.folder.exists()
+    assert not job.cache.exists()
+
+
+def test_malformed_row_is_named(job):
+    job.rows.write_text(job.rows.read_text() + "{nonsense")
+    assert f"{job.rows}, line 61: it is not a JSON object" in job(code=2)
+
+
+def test_other_tokenizer_is_one_line(job):
+    transformers.ByT5Tokenizer().save_pretrained(job.models / "student")
+    assert "teacher and student differ in tokens" in job(code=2)
+
+
+def test_out_of_memory_names_the_flags(job, monkeypatch):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    on_call(monkeypatch, "train_micro_batch", 1, fail)
+    line = job(code=2)
+    assert "out of memory: lower --micro-batch-tokens or --sample-batch-size" in line
+
+
+# -----------------------------------------------------------------------------
+# Several processes
+
+
+@pytest.mark.parametrize("flags", ["--anchor 0.1", "--shard --teacher-sft-epochs 1"])
+def test_two_processes_equal_one(flags, folders, tmp_path):
+    job = Job(folders, tmp_path, "llama")
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2"
+    command = f"{sys.executable} {torchrun} {okd.__file__} {job.flags} {flags}"
+    ended = subprocess.run(command.split(), capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    one = tmp_path / "one"
+    job(f"{flags.replace('--shard', '')} --output-dir {one} --cache-dir {tmp_path}/other")
+    for name in ("student", "teacher_lora"):
+        assert_close(weights_of(job.folder, name), weights_of(one, name), atol=1e-5, rtol=1e-3)
     for ours, theirs in zip(timeless(job.folder), timeless(one), strict=True):
-        assert ours.pop("phase") == theirs.pop("phase") and ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+        assert ours.pop("phase") == theirs.pop("phase")
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-def test_fuzzed_rows_are_read_or_refused_in_one_line(tokenizer):
-    rng, outcomes, args = random.Random(1), Counter(), tiny_args()
-    junk = [None, True, -1, 1e400, "", " ", "\u0000", "x" * 300, "\ud800", [], [""], ["a", 1], {}, {"content": 1},
-            "</s>", [{"role": "assistant", "content": "a"}] * 2, [{"role": "user"}], "<extra_id_0>"]  # fmt: skip
-    wild = (b"\n", b'"', b"{", b"\xef\xbb\xbf", b"\\u", b"[" * 2000)
-    names = ["instruction", "input", "context", "output", "prompt", "response", "messages", "text"]
-    whole = "".join(json.dumps(row) + "\n" for row in okd.demo_rows(3, seed=1)).encode()
-    for _ in range(2000):  # files: bytes flipped, cut, doubled; fields of every type
-        if rng.random() < 0.5:
-            content = bytearray(whole)
-            for _ in range(rng.randrange(1, 4)):
-                at, noise = rng.randrange(len(content) + 1), rng.randbytes(rng.randrange(5))
-                content[at : at + rng.randrange(4)] = rng.choice((noise, *wild))
-        else:
-            row = {name: rng.choice(junk) for name in rng.sample(names, rng.randrange(len(names)))}
-            content = json.dumps(row).encode() + rng.choice((b"", b"\n", b"\r\n"))
+SHORT = ["--greedy", "--max-new-tokens", "5", "--precision", "fp32", "--sample-batch-size", "2"]
+
+
+def scored_model(tokenizer, seed):
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():  # a fresh head is nearly uniform: spread it, so that errors show
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def save_model(tmp_path, tokenizer):
+    """save_model(name, seed) -> folder of a tiny model"""
+
+    def save(name, seed=1):
+        folder = tmp_path / name
+        scored_model(tokenizer, seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    prompts = ("spell ab", "shout cd", "double ef", "swap g, h", "first of i, j")
+    lines = [f'{{"prompt": "{prompt}", "response": "abc"}}' for prompt in prompts]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def run_eval(tmp_path, capsys, monkeypatch):
+    """run_eval(*flags) -> what eval.py prints; it must end with the exit code `code`"""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, code=0):
         try:
-            rows = okd.read_rows("here", bytes(content).splitlines(True), tokenizer, args)
-            assert rows and all(row.prompt_ids and row.response_ids for row in rows)
-            outcomes["read"] += 1
-        except okd.UserError as error:
-            assert "\n" not in str(error), content
-            outcomes["refused"] += 1
-    assert min(outcomes["read"], outcomes["refused"]) > 100
+            okd_eval.main([str(flag) for flag in flags])
+            found = 0
+        except SystemExit as end:
+            found = end.code
+        captured = capsys.readouterr()
+        assert found == code, captured
+        return captured.out + captured.err
+
+    return run
 
 
-def test_fuzzed_flags_end_in_a_run_or_in_one_line(job, tmp_path):
-    rng, codes = random.Random(2), Counter()
-    fixed = """teacher student data output_dir cache_dir resume track device max_steps epochs rollouts max_new_tokens
-        score_rows eval_rows eval_every sample_batch_size""".split()  # fmt: skip
-    names = [field.name for field in dataclasses.fields(okd.Args) if field.name not in fixed]
-    values = ["0", "1", "2", "-1", "1e9", "nan", "inf", "-inf", "0.5", "1e-300", "", "x", "None", "True", "9" * 20,
-              "jsd", "student", "../x", "\u2603"]  # fmt: skip
-    for number in range(70):
-        job.path, few = tmp_path / str(number), ["--max-steps", "1", "--eval-rows", "2", "--score-rows", "1", *NO_SFT]
-        drawn = [("--" + name.replace("_", "-"), rng.choice(values)) for name in rng.sample(names, rng.randrange(1, 3))]
-        code, _, err = run(okd.main, job.capsys, *job.flags(*sum(drawn, ()), *few))
-        codes[code] += 1
-        assert code in (0, 2) and "Traceback" not in err, (drawn, err)
-        assert (code == 0 or not (job.path / "run" / "student").exists()) and not list(job.path.rglob("*.tmp-*"))
-    assert codes[0] > 5 and codes[2] > 20
+@pytest.fixture
+def calls(monkeypatch):
+    """A list that gets (prompts, options) of every call of okd.generate."""
+    calls = []
+    original = okd.generate
+
+    def generate(model, prompts, *args, **kwargs):
+        calls.append((prompts, kwargs))
+        return original(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(okd, "generate", generate)
+    return calls
 
 
-# eval.py --------------------------------------------------------------------------------------------------------------
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
 
 
-def test_eval_reproduces_a_rouge_l_computed_by_hand(job, tokenizer, monkeypatch):
-    rows = [("a", "the cat was sat on", "the cat sat"), ("b", ["x", "one two"], "one two"), ("c", "y", "")]
-    data, checkpoint = job.path / "set.jsonl", job.folders / "gpt2" / "student"
-    data.write_text("".join(json.dumps(dict(prompt=prompt, response=gold)) + "\n" for prompt, gold, _ in rows))
-    answers = {tokenizer(prompt).input_ids[0]: tokenizer(text).input_ids for prompt, _, text in rows}
-    monkeypatch.setattr(okd, "generate", lambda model, _, prompts, *rest, **more: [answers[ids[0]] for ids in prompts])
-    out = job.eval(checkpoint, "--data", data, "--greedy")
-    (result,) = json.loads((checkpoint / "results.json").read_text())
-    assert result["rouge_l"] == pytest.approx((75 + 100 + 0) / 3)
-    assert (result["rows"], result["empty_outputs"], result["cut_prompts"]) == (3, 1, 0)
-    greedy = dict(decoding="greedy", no_repeat_ngram_size=0, max_new_tokens=256, max_prompt_length=256)
-    assert result["protocol"] == greedy and "58.33" in out and "decoding greedy" in out
+def write_run(folder, label="fkl", seed=1, problem="p", eval_steps=(0, 10), **flags):
+    """A finished run without its student; dev/fkl is 10 x seed - step."""
+    folder.mkdir(parents=True)
+    flags.update(label=label, method=label.split()[0], seed=seed, wandb_id=folder.name)
+    lines = [f'{{"phase": "distil", "step": {i}, "dev/fkl": {10 * seed - i}}}' for i in eval_steps]
+    lines.append('{"phase": "final", "final/distil_s": 10.0, "final/rouge_l": 7.0}')
+    (folder / "args.json").write_text(json.dumps(flags))
+    (folder / "models.json").write_text(f'{{"problem": {{"teacher": "{problem}", "data": "d"}}}}')
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return flags
 
 
-def test_the_protocol_its_presets_its_six_gram_ban_and_long_prompts_that_lose_all_but_bos(tokenizer, monkeypatch):
-    make = lambda **flags: okd_eval.protocol_of(okd_eval.Args(("x",), **flags))
-    paper = dict(decoding="sampling", temperature=1.0, top_p=1.0, top_k=0, no_repeat_ngram_size=6, max_new_tokens=256,
-                 max_prompt_length=256)  # fmt: skip
-    assert make() == make(paper=True) == (paper, [10, 20, 30, 40, 50])
-    assert make(greedy=True)[0]["no_repeat_ngram_size"] == 0 and make(greedy=True)[1] == [None]
-    assert make(greedy=True, no_repeat_ngram_size=6)[0]["no_repeat_ngram_size"] == 6
-    model, prompt = tiny("gpt2", 5), tokenizer("abc abc abc abc abc abc", add_special_tokens=False).input_ids
-    (free,) = okd.generate(model, tokenizer, [prompt], CPU, 120)
-    (ids,) = okd.generate(model, tokenizer, [prompt], CPU, 120, no_repeat_ngram_size=6)
-    grams = lambda ids: [tuple(ids[i : i + 6]) for i in range(len(ids) - 5)]
-    new = grams(prompt + ids)[len(prompt) - 5 :]
-    assert len(set(new)) == len(new) and not set(new) & set(grams(prompt))  # the ban holds over prompt and answer
-    assert len(set(grams(free))) < len(grams(free))  # without it this model does repeat itself
-    lines = ['{"prompt": "abcdef", "response": "x"}', "", '{"prompt": "ab", "response": ["y", "z"]}']
-    for bos, kept in ((None, "cdef"), (ord("a") + 3, "adef")):
-        monkeypatch.setattr(type(tokenizer), "bos_token_id", bos, raising=False)
-        examples, cut = okd_eval.examples_of(lines, tokenizer, "s", 4)
-        assert [tokenizer.decode(e.prompt_ids) for e in examples] == [kept, "ab"] and cut == 1
-        assert [(e.references, e.response_ids) for e in examples] == [(["x"], [123, 1]), (["y", "z"], [124, 1])]
-
-
-def test_results_lie_beside_the_checkpoint_and_a_broken_evaluation_goes_on(job, tokenizer, monkeypatch):
-    run_folder, folder = job.path / "runs" / "a", job.path / "model"
-    (run_folder / "student").mkdir(parents=True), folder.mkdir(), (run_folder / "args.json").write_text("{}")
-    where = lambda name: okd_eval.locate(str(name), okd_eval.Args(()))[1:]
-    assert where(run_folder) == where(run_folder / "student") == (run_folder, run_folder)
-    assert where(folder) == (None, folder) and where("org/name") == (None, pathlib.Path("results/org/name"))
-    tiny("gpt2", 7).save_pretrained(folder), tokenizer.save_pretrained(folder)
-    flags = [folder, "--data", job.jsonl, *"--limit 10 --max-new-tokens 5 --sample-batch-size 4 --seeds 1 2 1".split()]
-    results, calls, original, score = folder / "results.json", [], okd.generate, functools.partial(job.eval, *flags)
-    monkeypatch.setattr(okd, "rouge_l", lambda text, references: float(len(text)))  # what a tiny model writes scores 0
-    score()
-    (first,) = json.loads(results.read_text())
-    mean = sum(first["scores"]) / 3
-    assert first["scores"][0] == first["scores"][2] != first["scores"][1] and first["rouge_l"] == pytest.approx(mean)
-    assert first["std"] == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in first["scores"]) / 2))
-    path = folder / "generations" / first["generations"][0]
-    lines = path.read_text().splitlines(True)
-    monkeypatch.setattr(okd, "generate", lambda *a, **k: calls.append(len(a[2])) or original(*a, **k))
-    os.utime(folder / "model.safetensors", (0, 0))  # times do not count
-    assert score() and not calls
-    path.write_text("".join(lines[:4]) + lines[4][:20]), results.unlink()  # killed while it wrote the second batch
-    assert score() and sum(calls) == 6 and path.read_text() == "".join(lines)  # not the four rows that were whole
-    assert json.loads(results.read_text())[0]["scores"] == first["scores"]
-    tiny("gpt2", 8).save_pretrained(folder)  # other weights of the same shapes
-    assert score() and sum(calls) == 26 and len(json.loads(results.read_text())) == 2
-
-
-def test_token_metrics_against_numbers_by_hand():
-    of = lambda *rows: okd_eval.token_metrics(*(row.log() for row in rows), torch.tensor([1]))
-    p, q = (torch.tensor([row], dtype=torch.float64) for row in ([0.5, 0.25, 0.25], [0.25, 0.5, 0.25]))
-    found, std = of(p, q), math.log(2) * math.sqrt(2) / 3  # of -2, -1, -2 in units of log 2
-    known = dict(fkl=0.25 * math.log(2), rkl=0.25 * math.log(2), tvd=0.25, teacher_entropy=1.5 * math.log(2), std=std,
-                 entropy_gap=0, top5_mass=1, tail_mass=0, uncertainty=0.75)  # fmt: skip
-    assert {name: found[name].item() for name in known} == pytest.approx(known)
-    assert found["top1_agreement"] == 0 and found["top5_overlap"] == 1
-    p, share = torch.tensor([[9.0] * 5 + [0.0] * 95]).double().softmax(-1), math.exp(9) / (5 * math.exp(9) + 95)
-    found = of(p, p.flip(1))
-    known = dict(top5_mass_teacher=5 * share, top5_mass=5 * share / math.exp(9), uncertainty=1 - share)
-    assert {name: found[name].item() for name in known} == pytest.approx(known) and found["top5_overlap"] == 0
-
-
-def test_texts_are_measured_at_the_right_tokens_of_which_the_hard_are_the_half_less_likely_to_the_teacher(examples):
-    student, teacher, args = tiny(seed=1), tiny(seed=2), okd_eval.Args(("x",), micro_batch_tokens=60)
-    found = okd_eval.measure_texts(student, teacher, examples[:7], args, CPU)
-    for i, row in enumerate(sorted(examples[:7], key=len)):
-        p, q = plain_logits(teacher, row).detach(), plain_logits(student, row).detach()
-        gold = p.softmax(-1).gather(-1, torch.tensor(row.response_ids)[:, None]).squeeze(-1)
-        fkl, std = okd.fkl(p.log_softmax(-1), q.log_softmax(-1)), q.std(-1, correction=0)
-        got = {name: found[name][i] for name in ("fkl", "std", "uncertainty")}
-        assert_all_close(got, dict(fkl=fkl, std=std, uncertainty=1 - gold), atol=1e-5, rtol=1e-4)
-    means = okd_eval.summary(found)
-    bins = [part["tokens"] for name, part in means.items() if name.startswith("entropy")]
-    assert means["all"]["tokens"] == sum(bins) == sum(len(row.response_ids) for row in examples[:7])
-    uncertainty, fkl = (torch.tensor(values).split((3, 1)) for values in ([0.1, 0.9, 0.3, 0.8], [1.0, 2.0, 3.0, 4.0]))
-    found = okd_eval.summary(dict(uncertainty=uncertainty, teacher_entropy=(torch.zeros(3), torch.ones(1)), fkl=fkl))
-    assert found["hard"]["fkl"] == (2 + 4) / 2 and found["easy"]["fkl"] == (1 + 3) / 2 and found["all"]["fkl"] == 2.5
-    assert found["hard"]["uncertainty"] == pytest.approx(0.85) and found["hard"]["tokens"] == 2
-    assert found["entropy 0 to 0.5"]["fkl"] == 2 and found["entropy 1 to 2"]["tokens"] == 1
-
-
-def test_excess_error_of_known_errors_and_of_texts_of_one_rule_whatever_the_protocol(job, monkeypatch):
-    own, oracle = [torch.full((12,), 2.0), torch.full((30,), 2.0)], [torch.full((25,), 1.0)]
-    assert okd_eval.excess_error(own, oracle) == {"10": pytest.approx(100.0), "25": pytest.approx(100.0)}
-    assert okd_eval.excess_error(own, own)["10"] == pytest.approx(0.0)
-    ragged = [torch.tensor([1.0] * 5 + [3.0] * 5), torch.tensor([2.0] * 5)]  # 5 x 1.5 + 5 x 3 against 10 x 1
-    assert okd_eval.excess_error(ragged, oracle) == {"10": pytest.approx(125.0)}
-    assert okd_eval.excess_error(own, [torch.zeros(25)]) == {}  # a student that is its teacher
-    seen, original = [], okd.generate
-    monkeypatch.setattr(okd, "generate", lambda *a, **k: seen.append((a[0], a[2], k)) or original(*a, **k))
-    flags = ["--data", job.jsonl, "--output-dir", job.path, "--teacher", job.folders / "gpt2" / "teacher", "--greedy"]
-    job.eval(job.folders / "gpt2" / "student", *flags, *"--no-repeat-ngram-size 6 --limit 3 --max-new-tokens 7".split())
-    (_, _, protocol), own, oracle = seen
-    assert not protocol["sample"] and own[0] is not oracle[0] and own[1:] == oracle[1:] and "seed" in own[2]
-    assert dict(sample=True, temperature=1.0, top_p=1.0, top_k=0, no_repeat_ngram_size=0).items() <= own[2].items()
-
-
-def test_intervals_on_known_cases_and_methods_that_do_not_differ_are_told_apart_in_at_most_6_percent():
-    alternating, apart = torch.tensor([[(-1.0) ** i for i in range(400)]] * 2), torch.tensor([[1.0] * 50, [3.0] * 50])
-    assert okd_eval.interval(torch.full((2, 20), 1.5)) == (1.5, 1.5)
-    assert okd_eval.interval(alternating) == pytest.approx((-2 / 20, 2 / 20), abs=0.02)  # bootstrap: 1.96 / sqrt(400)
-    assert okd_eval.interval(apart) == pytest.approx((2 - 12.706, 2 + 12.706))  # paired t: 12.706 sqrt(2) / sqrt(2)
-    for seeds, shared in ((2, 0), (3, 0), (5, 0), (2, 20), (3, 20), (5, 20)):  # deviation of noise common to all seeds
-        draw, trials, wrong = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0)), 1000, 0
-        for _ in range(trials):
-            differences = 2**0.5 * draw(seeds, 1) + 20 * draw(seeds, 400) + shared * draw(1, 400)
-            low, high = okd_eval.interval(differences, draws=200)
-            wrong += not low <= 0 <= high
-        assert wrong / trials <= 0.06, (seeds, shared)
-
-
-def made_up_run(root, method, seed, scores, **flags):
-    """A run folder as okd.py leaves it, with a score per row -> what eval.py knows of it once it is scored."""
-    folder, flags = root / "-".join(map(str, (method, seed, *flags.values()))), dict(method=method, seed=seed, **flags)
-    (folder / "student").mkdir(parents=True), (folder / "generations").mkdir()
-    lines = [{"phase": "distil", "step": 0, "dev/fkl": 2.0},
-             {"phase": "distil", "step": 9, "train/tokens_per_s": 100.0, "train/peak_memory_gb": 2.5},
-             {"phase": "final", "final/distil_s": 10.0 + seed, "final/sampling_s": 4.0}]  # fmt: skip
-    rows = [dict(row=row, score=score) for row, score in enumerate(scores)]
-    for file, content in {"args.json": [flags], "metrics.jsonl": lines, "generations/g.jsonl": rows}.items():
-        (folder / file).write_text("".join(json.dumps(line) + "\n" for line in content))
-    checkpoint = okd_eval.Checkpoint.__new__(okd_eval.Checkpoint)
-    result = dict(data="d", rouge_l=sum(scores) / len(scores), std=None, generations=["g.jsonl"], rows=4, protocol={})
-    vars(checkpoint).update(name=str(folder), folder=folder, results=[result], flags=flags)
-    checkpoint.costs, checkpoint.curve = okd_eval.read_logs(checkpoint)
+def make_checkpoint(folder, scores=(), **run):
+    """A run as eval.py knows it once the set "d" is scored: a score per row."""
+    flags = write_run(folder, **run)
+    (folder / "generations").mkdir()
+    lines = [f'{{"row": {row}, "score": {score}}}' for row, score in enumerate(scores)]
+    (folder / "generations" / "g").write_text("\n".join(lines))
+    name = folder.name
+    label = flags["label"]
+    checkpoint = okd_eval.Checkpoint(name, label, name, folder, flags, None, [], CPU, 1)
+    mean = sum(scores) / max(1, len(scores))
+    checkpoint.results["d"] = {"data": "d", "rouge_l": mean, "std": None, "generations": ["g"]}
     return checkpoint
 
 
-def test_comparison_and_figure_of_made_up_runs_and_which_flags_make_another_method(tmp_path, monkeypatch):
-    made = [("fkl", 1, 10, 0.1), ("fkl", 2, 12, 0.1), ("okd", 1, 15, 0.1), ("okd", 2, 17, 0.1), ("rkl", 1, 8, 0.1),
-            ("rkl", 2, 14, 0.1), ("rkl", 1, 0, 1.0), ("jsd", 3, 0, 0.1)]  # fmt: skip
-    runs = [made_up_run(tmp_path, m, seed, [first + 10.0 * i for i in range(4)], lr=lr) for m, seed, first, lr in made]
-    markdown, comparison = okd_eval.compare(okd_eval.Args((), data=("d",), baseline="fkl"), runs)
-    assert [entry["method"] for entry in comparison] == ["fkl", "okd", "rkl", "rkl lr=1.0", "jsd"]
-    fkl, moving, rkl, alone, jsd = comparison
-    assert (fkl["rouge_l"], fkl["seconds"], fkl["peak_memory_gb"], rkl["difference"]) == (26, 11.5, 2.5, 0)
-    assert (moving["interval"], moving["paired_seeds"], moving["difference"]) == ((5, 5), [1, 2], 5)
-    assert fkl["std_training"] == pytest.approx(math.sqrt(2))
-    assert moving["distinguishable"] and not rkl["distinguishable"]
-    assert alone["verdict"] == "-10.00, one training seed" and alone["distinguishable"] is alone["interval"] is None
-    assert jsd["verdict"] == "no training seed in common" and markdown.count("not distinguishable") == 1
-    with pytest.raises(okd.UserError, match="no such method among the runs"):
-        okd_eval.compare(okd_eval.Args((), baseline="gkd"), runs)
-    for name, text, labels in (("eval_every", "adaptive", 2), ("eval_every", "data", 1), ("eval_rows", "adaptive", 2),
-                               ("eval_rows", "data", 1), ("select", "data", 2), ("log_every", "adaptive", 1),
-                               ("seed", "data", 1)):  # fmt: skip
-        twins = [types.SimpleNamespace(flags=dict(method="m", seed=1, text=text) | {name: value}) for value in (1, 2)]
-        assert len(okd_eval.grouped(twins)) == labels, (name, text)
-    scored, figures, panels = [], [], ("std", "fkl", "top1_agreement")
-    for m, s, value in (("okd", 1, 1.0), ("okd", 2, 3.0), ("fkl", 1, 5.0)):
-        gold = {part: dict.fromkeys(panels, value + i) for i, part in enumerate(("all", "hard", "easy"))}
-        scored.append(types.SimpleNamespace(flags=dict(method=m, seed=s), results=[dict(distribution=dict(gold=gold))]))
-    monkeypatch.setattr(okd_eval.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    okd_eval.draw_analysis(scored, tmp_path)  # a bar per method, the mean of its runs
-    assert [[bar.get_height() for bar in axes.patches] for axes in figures[0].axes] == 3 * [[2, 3, 4, 5, 6, 7]]
+def compare(runs, baseline=None):
+    """{label: entry}, and the notes"""
+    comparison = okd_eval.plan_comparison(runs, baseline)
+    entries = okd_eval.compare_set(comparison, "d")
+    return {entry["method"]: entry for entry in entries}, "\n".join(comparison.notes)
 
 
-def test_a_run_and_its_adapted_teacher_are_scored_and_shown(job, monkeypatch):
-    pages, out_dir, plain = [], job.path / "out", job.folder / "teacher_lora"
-    page = types.SimpleNamespace(summary={}, log=pages.append, finish=lambda: None)
-    begin, table = lambda **k: pages.append(k) or page, lambda *a: a
-    fake = types.SimpleNamespace(init=begin, Table=table, Image=str, log=print, finish=print)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    job("--track"), pages.clear()
-    flags = ["--data", job.jsonl, "--output-dir", out_dir, *"--limit 4 --greedy --max-new-tokens 12 --show 1".split()]
-    out = job.eval(job.folder, plain, *flags, "--teacher", job.folders / "gpt2" / "teacher", "--track")
-    (result,), (adapted,) = (json.loads((f / "results.json").read_text()) for f in (job.folder, plain))
-    found, gold = result["distribution"], result["distribution"]["gold"]
-    assert set(found) == {"teacher", "gold", "own", "excess_error_percent"} and "10" in found["excess_error_percent"]
-    assert gold["hard"]["uncertainty"] > gold["all"]["uncertainty"] > gold["easy"]["uncertainty"]
-    assert gold["all"]["fkl"] == pytest.approx((gold["hard"]["fkl"] + gold["easy"]["fkl"]) / 2, rel=0.05)
-    assert adapted["distribution"]["gold"]["all"]["fkl"] < gold["all"]["fkl"]  # it is still close to the teacher
-    row = "| hard | " + " | ".join([str(gold["hard"]["tokens"])] + [f"{gold['hard'][n]:.3f}" for n in okd_eval.SHOWN])
-    assert row in " ".join(out.split()) and "excess accumulated error" in out and "reference:" in out
-    assert (out_dir / "analysis.png").exists() and f"{plain}: was not tracked" in out
-    assert page.summary == {"eval/rows.jsonl/greedy/rouge_l": result["rouge_l"]} and pages[0]["id"] == "run"
-    assert pages[1] == {"analysis_figure": str(out_dir / "analysis.png")}
-    assert "| okd | 1 |" in " ".join(job.eval(job.folder, "--compare", *flags).split())
-    assert {path.suffix for path in out_dir.glob("comparison.*")} == {".json", ".md", ".png"}
+# -----------------------------------------------------------------------------
+# Scores, protocol, sets
 
 
-BAD_EVAL = [  # a file of the run and its content, flags, message
-    ("args.json", "{oops", "", "args.json is damaged"), ("results.json", "{oops", "", "results.json is damaged"),
-    ("metrics.jsonl", "", "--compare", "--compare needs runs that have ended: metrics.jsonl of"),
-    ("student", "", "", "is a run without a student"), ("rows.jsonl", "{oops", "", "rows.jsonl, line 1 needs"),
-    ("rows.jsonl", "\n", "", "no rows"), ("rows.jsonl", '{"prompt": "", "response": "x"}', "", "the prompt is empty"),
-    ("", "", "--data nowhere", "no data set or file nowhere"), ("", "", "--greedy --paper", "two protocols"),
-    ("", "", "--greedy --seeds 1", "--seeds change nothing"), ("", "", "--top-p 1.5", "--top-p is 1.5"),
-    ("", "", "--limit 0", "--limit is 0: it must lie in [1, 1e+09]"), ("", "", "--teacher ./no/one", "no/one"),
-    ("", "", "--temperature 0", "--temperature is 0.0"),
-]  # fmt: skip
+def test_rouge_l_by_hand(tmp_path, tokenizer, save_model, run_eval, monkeypatch):
+    answers = {"a": "the cat sat", "b": "one two", "c": ""}
+    data = tmp_path / "set.jsonl"
+    data.write_text(
+        """{"prompt": "a", "response": "the cat was sat on"}
+        {"prompt": "b", "response": ["x", "one two"]}
+        {"prompt": "c", "response": "y"}"""
+    )
+
+    def generate(model, prompts, *args, **kwargs):
+        texts = [answers[tokenizer.decode(ids)] for ids in prompts]
+        return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+    monkeypatch.setattr(okd, "generate", generate)
+    folder = save_model("model")
+    assert "58.33" in run_eval(folder, "--data", data, *SHORT)
+    (result,) = results_of(folder)
+    assert result["rouge_l"] == pytest.approx((75 + 100 + 0) / 3)
+    assert (result["rows"], result["empty_outputs"], result["cut_prompts"]) == (3, 1, 0)
 
 
-@pytest.mark.parametrize("file, content, flags, message", BAD_EVAL)
-def test_what_eval_refuses_is_one_line_and_exit_2(file, content, flags, message, job):
-    folder = made_up_run(job.path, "fkl", 1, [1.0]).folder
-    (folder / "student").rmdir(), (folder / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}')
-    if file != "student":
-        (folder / "student").symlink_to(job.folders / "gpt2" / "student")
-        (folder / (file or "unread")).write_text(content)
-    assert message in job.eval(folder, "--data", folder / "rows.jsonl", *flags.split(), code=2)
+def test_default_protocol_is_that_of_published_results():
+    protocol, seeds = okd_eval.protocol_of(okd_eval.Args(("x",)))
+    assert protocol == {
+        "decoding": "sampling",
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "no_repeat_ngram_size": 6,
+        "max_new_tokens": 256,
+        "max_prompt_length": 256,
+        "limit": None,
+    }
+    assert seeds == [10, 20, 30, 40, 50]
+
+
+def test_greedy_is_one_pass_without_a_ban():
+    protocol, seeds = okd_eval.protocol_of(okd_eval.Args(("x",), greedy=True))
+    assert (protocol["decoding"], protocol["no_repeat_ngram_size"]) == ("greedy", 0)
+    assert len(seeds) == 1
+
+
+@pytest.mark.parametrize(("bos", "kept"), [(None, "cdef"), ("a", "adef")])
+def test_long_prompts_lose_their_beginning_but_bos(tokenizer, monkeypatch, bos, kept):
+    bos_id = bos and tokenizer(bos).input_ids[0]
+    monkeypatch.setattr(type(tokenizer), "bos_token_id", bos_id, raising=False)
+    lines = ['{"prompt": "abcdef", "response": "x"}', "", '{"prompt": "ab", "response": "y"}']
+    examples, num_cut = okd_eval.read_examples("set", lines, tokenizer, 4)
+    assert [tokenizer.decode(example.prompt_ids) for example in examples] == [kept, "ab"]
+    assert num_cut == 1
+
+
+def test_a_run_is_scored_on_its_own_rows(tmp_path, rows):
+    run = make_checkpoint(tmp_path / "run", data="train.jsonl", teacher="demo")
+    rows.rename(tmp_path / "run" / "test.jsonl")
+    assert len(okd_eval.default_sets(run, 3)["test"]) == 3
+
+
+def test_a_run_of_the_demo_gets_its_rows(tmp_path):
+    run = make_checkpoint(tmp_path / "run", data=None, teacher="demo")
+    (line,) = okd_eval.default_sets(run, 1)["demo"]
+    assert set(json.loads(line)) == {"prompt", "response"}
+
+
+def test_stop_tokens_of_the_models_folder_count(tokenizer):
+    model = scored_model(tokenizer, 1)
+    model.own_generation_config = transformers.GenerationConfig(eos_token_id=[7, 8])
+    checkpoint = types.SimpleNamespace(tokenizer=tokenizer, model=model)
+    assert okd_eval.stop_ids_of(checkpoint, []) == [tokenizer.eos_token_id, 7, 8]
+
+
+# -----------------------------------------------------------------------------
+# Results: stored, resumed, shared
+
+
+def test_an_interrupted_pass_is_resumed_exactly(save_model, rows, run_eval, calls):
+    folder = save_model("model")
+    flags = (folder, "--data", rows, *SHORT[1:], "--seeds", 3)
+    run_eval(*flags)
+    (first,) = results_of(folder)
+    path = folder / "generations" / first["generations"][0]
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:10])  # killed while it wrote a second batch
+    (folder / "results.json").unlink()
+    calls.clear()
+    run_eval(*flags)
+    assert path.read_bytes() == whole
+    assert [len(prompts) for prompts, _ in calls] == [2, 1]  # not the first batch
+
+
+def test_a_stored_score_is_not_computed_again(save_model, rows, run_eval, calls):
+    folder = save_model("model")
+    run_eval(folder, "--data", rows, *SHORT)
+    calls.clear()
+    run_eval(folder, "--data", rows, *SHORT)
+    assert calls == []
+
+
+def test_an_edited_config_makes_a_new_score(save_model, rows, run_eval):
+    folder = save_model("model")
+    run_eval(folder, "--data", rows, *SHORT)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 0.5}))
+    run_eval(folder, "--data", rows, *SHORT)
+    one, other = results_of(folder)
+    assert one["key"] != other["key"]
+
+
+def test_two_processes_keep_each_others_results(save_model, rows, run_eval, monkeypatch):
+    folder = save_model("model")
+    original = okd.rouge_l
+
+    def rouge_l(*args):  # meanwhile another process stores its result
+        (folder / "results.json").write_text('[{"key": "other", "rouge_l": 1}]')
+        return original(*args)
+
+    monkeypatch.setattr(okd, "rouge_l", rouge_l)
+    run_eval(folder, "--data", rows, *SHORT)
+    other, own = results_of(folder)
+    assert (other["key"], own["data"]) == ("other", str(rows))
+
+
+# -----------------------------------------------------------------------------
+# What cannot be scored
+
+
+def test_what_cannot_be_scored_is_named(tmp_path, save_model, rows, run_eval):
+    folder = save_model("model")
+    write_run(tmp_path / "unfinished")
+    (tmp_path / "damaged" / "student").mkdir(parents=True)
+    (tmp_path / "damaged" / "args.json").write_text("{")
+    out = run_eval(tmp_path / "unfinished", tmp_path / "damaged", folder, "--data", rows, *SHORT)
+    assert f"skipped: {tmp_path}/unfinished: UserError: the run has not finished" in out
+    assert f"skipped: {tmp_path}/damaged: UserError: {tmp_path}/damaged/args.json is damaged" in out
+    assert len(results_of(folder)) == 1
+
+
+def test_prompts_beyond_the_positions_are_named(tmp_path, save_model, rows, run_eval):
+    folder = save_model("model")
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "x" * 80, "response": "y"}))
+    out = run_eval(folder, "--data", long, rows, *SHORT)
+    assert f"skipped: {folder} on {long}: UserError: " in out
+    assert [result["data"] for result in results_of(folder)] == [str(rows)]
+
+
+def test_nothing_scored_is_exit_code_2(tmp_path, run_eval, rows):
+    write_run(tmp_path / "unfinished")
+    assert "nothing was scored" in run_eval(tmp_path / "unfinished", "--data", rows, code=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--greedy --paper", "two protocols"),
+        ("--greedy --seeds 1", "--seeds does not go with"),
+        ("--paper --temperature 0.5", "--temperature does not go with"),
+        ("--top-p 1.5", "--top-p must lie in"),
+        ("--limit -1", "at least 1"),
+        ("--data nowhere.jsonl", "nowhere.jsonl"),
+        ("--compare", "--compare needs runs"),
+    ],
+)
+def test_mistakes_are_one_line(run_eval, save_model, flags, message):
+    out = run_eval(save_model("model"), *flags.split(), code=2)
+    assert message in out
+    assert "Traceback" not in out
+
+
+# -----------------------------------------------------------------------------
+# Distribution of the teacher
+
+
+def metrics_of(p, q, token):
+    log_p = torch.tensor([p], dtype=torch.float64).log()
+    log_q = torch.tensor([q], dtype=torch.float64).log()
+    metrics = okd_eval.token_metrics(log_p, log_q, log_p, torch.tensor([token]))
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def test_token_metrics_of_three_words_by_hand():
+    metrics = metrics_of(p=[0.5, 0.25, 0.25], q=[0.25, 0.5, 0.25], token=1)
+    log2 = math.log(2)
+    assert metrics["fkl"] == pytest.approx(0.25 * log2)
+    assert metrics["rkl"] == pytest.approx(0.25 * log2)
+    assert metrics["tvd"] == pytest.approx(0.25)
+    assert metrics["student_ce"] == pytest.approx(log2)
+    assert metrics["teacher_entropy"] == pytest.approx(1.5 * log2)
+    assert metrics["entropy_gap"] == pytest.approx(0.0)
+    assert metrics["uncertainty"] == pytest.approx(0.75)  # 1 - p(token)
+    assert metrics["top1_agreement"] == 0.0
+    # log q is -2, -1, -2 in units of log 2: variance 2/9
+    assert metrics["std"] == pytest.approx(log2 * math.sqrt(2) / 3)
+
+
+def test_top_k_metrics_of_a_mirror_image():
+    p = torch.tensor([9.0] * 50 + [0.0] * 50).softmax(-1)
+    metrics = metrics_of(p.tolist(), p.flip(0).tolist(), token=1)
+    assert metrics["top5_overlap"] == 0.0
+    assert metrics["tail_mass"] == pytest.approx(p[:50].sum().item())
+
+
+def test_heads_of_two_sizes_share_a_vocabulary():
+    metrics = metrics_of(p=[0.5, 0.25, 0.25], q=[0.1, 0.2, 0.1, 0.6], token=1)
+    assert metrics["student_ce"] == pytest.approx(math.log(2))
+
+
+def test_texts_are_measured_at_response_tokens(tokenizer, rows):
+    student = scored_model(tokenizer, 1)
+    teacher = scored_model(tokenizer, 2)
+    examples, _ = okd_eval.read_examples("s", rows.read_text().splitlines(), tokenizer, 50)
+    found = okd_eval.measure_texts(student, teacher, examples, 40, CPU)
+    for number, row in enumerate(sorted(examples, key=len)):
+        log_probs = []
+        for model in (teacher, student):
+            logits = model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0].detach()
+            log_probs.append(logits[len(row.prompt_ids) - 1 : -1].log_softmax(-1))
+        expected = okd.fkl(*log_probs)
+        torch.testing.assert_close(found["fkl"][number], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_hard_tokens_are_the_teachers_less_likely_half():
+    uncertainty = torch.tensor([0.1, 0.9, 0.3, 0.8]).split((3, 1))
+    fkl = torch.tensor([1.0, 2.0, 3.0, 4.0]).split((3, 1))
+    means = okd_eval.summary({"uncertainty": uncertainty, "fkl": fkl})
+    assert [means[part]["fkl"] for part in ("all", "hard", "easy")] == [2.5, 3.0, 2.0]
+
+
+def test_excess_error_of_known_errors():
+    own = [torch.tensor([1.0] * 5 + [3.0] * 5), torch.tensor([2.0] * 5)]
+    oracle = [torch.full((25,), 1.0)]  # 5 x 1.5 + 5 x 3 against 10 x 1
+    assert okd_eval.excess_error(own, oracle) == {"10": pytest.approx(125.0)}
+
+
+def test_both_authors_write_by_one_rule(save_model, rows, run_eval, calls):
+    flags = ("--teacher", save_model("teacher", 2), "--data", rows, "--limit", 2, *SHORT)
+    run_eval(save_model("student"), "--no-repeat-ngram-size", 6, *flags)
+    (_, protocol), own, oracle = calls
+    assert own == oracle
+    assert (protocol["do_sample"], protocol["no_repeat_ngram_size"]) == (False, 6)
+    assert (own[1]["do_sample"], own[1]["no_repeat_ngram_size"]) == (True, 0)
+
+
+@pytest.fixture
+def analysed(tmp_path):
+    """Two runs of fkl whose every metric is 1 and 3."""
+    runs = []
+    for value in (1.0, 3.0):
+        run = make_checkpoint(tmp_path / f"run{value}")
+        part = dict.fromkeys(okd_eval.SHOWN, value)
+        gold = {"all": part, "hard": part, "easy": part}
+        found = {"gold": gold, "own": gold, "excess_error_percent": {"10": 10 * value}}
+        run.results["d"]["distribution"] = found
+        runs.append(run)
+    return runs
+
+
+def test_teacher_table_has_a_row_per_method(analysed):
+    *_, row = okd_eval.distribution_table(analysed, "d").splitlines()
+    assert row.split()[:7] == ["|", "fkl", "|", "2", "|", "2.000", "2.000"]
+    assert "10: 20" in row
+
+
+def test_analysis_figure_says_what_it_shows(analysed, monkeypatch):
+    figures = []
+    monkeypatch.setattr(okd_eval.Figure, "savefig", lambda figure, path: figures.append(figure))
+    okd_eval.draw_analysis(analysed, "d", "unused")
+    assert [bar.get_height() for bar in figures[0].axes[0].patches] == 3 * [2.0]
+    text = figures[0].get_suptitle()
+    assert "± 1 standard deviation over training seeds" in text
+    assert "Hard (easy): the half of the tokens" in text
+
+
+# -----------------------------------------------------------------------------
+# Comparison over training seeds
+
+
+def test_interval_over_rows_is_the_bootstraps():
+    alternating = torch.tensor([1.0, -1.0]).repeat(2, 200)
+    expected = 1.96 / math.sqrt(400)
+    assert okd_eval.interval(alternating) == pytest.approx([-expected, expected], abs=0.02)
+
+
+def test_interval_over_seeds_is_paired_t():
+    apart = torch.tensor([[1.0] * 50, [3.0] * 50])
+    assert okd_eval.interval(apart) == pytest.approx([2 - 12.706, 2 + 12.706])
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_equal_methods_are_rarely_told_apart(num_seeds):
+    generator = torch.Generator().manual_seed(0)
+    wrong = 0
+    for _ in range(400):
+        seeds = 2**0.5 * torch.randn(num_seeds, 1, generator=generator)
+        noise = 20 * torch.randn(num_seeds, 400, generator=generator)
+        low, high = okd_eval.interval(seeds + noise, num_draws=200)
+        wrong += not low <= 0 <= high
+    assert wrong / 400 <= 0.06
+
+
+# label, seed, score
+RUNS = ("fkl 1 10", "fkl 2 12", "okd 1 15", "okd 2 17", "rkl 1 8", "rkl 2 14", "jsd 1 0", "tvd 3 0")
+
+
+def test_verdicts_of_known_scores(tmp_path):
+    runs = []
+    for run in RUNS:
+        label, seed, score = run.split()
+        scores = [int(score) - 0.5, int(score) + 0.5]
+        runs.append(make_checkpoint(tmp_path / run, scores, label=label, seed=int(seed)))
+    entries, _ = compare(runs)
+    verdicts = {label: entry["verdict"] for label, entry in entries.items()}
+    assert verdicts == {
+        "fkl": "baseline",
+        "okd": "+5.00 [+5.00, +5.00]",
+        "rkl": "+0.00 [-25.41, +25.41], not distinguishable",
+        "jsd": "-10.00, one training seed",
+        "tvd": "no training seed in common",
+    }
+    assert entries["fkl"]["std_training"] == pytest.approx(math.sqrt(2))
+
+
+def test_other_problems_get_no_verdict(tmp_path):
+    one = make_checkpoint(tmp_path / "a", [1.0])
+    other = make_checkpoint(tmp_path / "b", [2.0], label="okd", problem="another")
+    entries, notes = compare([one, other])
+    assert notes == "no verdict: b and a differ in teacher"
+    assert entries["okd"]["verdict"] == "none: other problems"
+
+
+def test_of_equal_seeds_the_later_counts(tmp_path):
+    later = make_checkpoint(tmp_path / "later", [5.0])
+    earlier = make_checkpoint(tmp_path / "earlier", [1.0])
+    os.utime(tmp_path / "earlier" / "args.json", (0, 0))
+    entries, notes = compare([later, earlier])
+    assert (entries["fkl"]["runs"], entries["fkl"]["rouge_l"]) == (1, 5.0)
+    assert "later counts, later than earlier" in notes
+
+
+def runs_of(*labels):
+    return [types.SimpleNamespace(label=x, flags={"method": x.split()[0]}) for x in labels]
+
+
+def test_baseline_is_the_exact_label_first():
+    runs = runs_of("fkl temperature=2.0", "fkl", "okd alpha=0.1")
+    assert okd_eval.pick_baseline(runs, "fkl") == "fkl"
+    assert okd_eval.pick_baseline(runs, "okd") == "okd alpha=0.1"
+    assert okd_eval.pick_baseline(runs, None) == "fkl temperature=2.0"
+
+
+def test_a_baseline_of_two_labels_is_refused():
+    with pytest.raises(okd.UserError, match=r"must be one of these labels: fkl temperature=2\.0"):
+        okd_eval.pick_baseline(runs_of("fkl temperature=2.0", "fkl lr=0.1"), "fkl")
+
+
+def test_a_run_with_fewer_evals_keeps_curves_long(tmp_path):
+    one = make_checkpoint(tmp_path / "a", seed=1, eval_steps=(0, 5, 10))
+    other = make_checkpoint(tmp_path / "b", seed=2, eval_steps=(0, 10))
+    steps, curves = okd_eval.learning_curves([one, other])
+    assert steps == [0, 5, 10]
+    assert curves.tolist() == [[10, 5, 0], [20, 15, 10]]
+
+
+def test_comparison_is_written_and_printed(save_model, rows, run_eval, tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"fkl{seed}", seed=seed)
+        save_model(f"fkl{seed}/student", seed)
+    out = run_eval(tmp_path / "fkl1", tmp_path / "fkl2", "--data", rows, "--compare", *SHORT)
+    markdown = (tmp_path / "results" / "comparison.md").read_text()
+    assert markdown in out
+    (entry,) = json.loads((tmp_path / "results" / "comparison.json").read_text())
+    assert entry["training_seeds"] == [1, 2]
+    assert (tmp_path / "results" / "comparison.png").exists()
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases: what its offline files hold
+
+
+def read_wandb(path):
+    """The records of a .wandb file, which is a LevelDB log."""
+    wandb.teardown()  # waits until all is written
+    data = path.read_bytes()
+    position = 7
+    content = b""
+    records = []
+    while position + 7 <= len(data):
+        room = 32768 - position % 32768
+        if room < 7:  # too small for a header
+            position += room
+            continue
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        content += data[position + 7 : position + 7 + length]
+        if data[position + 6] in (1, 4):  # a whole record, or the last part of one
+            records.append(Record.FromString(content))
+            content = b""
+        position += 7 + length
+    return records
+
+
+def test_pages_get_scores_and_keep_final(tmp_path):
+    run = make_checkpoint(tmp_path / "run")
+    (run.folder / "wandb").mkdir()
+    (run.folder / "results.json").write_text(
+        """[{"key": "k", "data": "d.jsonl", "seeds": [0], "rouge_l": 2.5,
+        "protocol": {"decoding": "greedy", "max_new_tokens": 5, "limit": null}}]"""
+    )
+    okd_eval.track([run], [], [], tmp_path)
+    (path,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
+    summary = {}
+    for record in read_wandb(path):
+        for item in record.summary.update:
+            summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
+    assert summary["final/rouge_l"] == 7.0
+    assert summary["eval/d_jsonl/decoding_greedy_max_new_tokens_5_seeds_0_/rouge_l"] == 2.5
+    assert path.name == "run-run.wandb"  # the page of the run, by its wandb_id
+
+
+def test_comparison_has_a_page_of_its_own(tmp_path):
+    entries = [{"data": "d", "method": "fkl", "runs": 2, "rouge_l": 2.5, "std_training": None}]
+    figure = tmp_path / "comparison.png"
+    okd_eval.Figure().savefig(figure)
+    okd_eval.track([], entries, [figure], tmp_path)
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [r.run.job_type for r in read_wandb(path) if r.HasField("run")] == ["eval"]
+    (table,) = path.parent.glob("files/media/table/*.json")
+    assert json.loads(table.read_text())["data"][0][:4] == ["d", "fkl", 2, 2.5]
+
+
+def test_failing_wandb_is_a_last_line(save_model, rows, run_eval, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(okd_eval, "track", fail)
+    out = run_eval(save_model("model"), "--data", rows, "--track", *SHORT)
+    assert out.splitlines()[-1] == "wandb failed: no network"
+
+
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_FLAGS = {"nproc-per-node"}  # torchrun's
+STUDENT_SIZE = 257  # of the vocabulary
+TEACHER_SIZE = 264
+PROMPT = "ab"
+ANSWERS = ("c", "defg", "hi")  # micro-batches of two and one, with different numbers of tokens
+
+every_text = pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])
+
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+@every_text
+def test_python_blocks_compile(path):
+    for block in python_blocks(path):
+        compile(block, path.name, "exec")
+
+
+@every_text
+def test_relative_links_exist(path):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+@every_text
+def test_flags_exist(path):
+    known = set(OTHER_FLAGS)
+    for args in (okd.Args, okd_eval.Args):
+        known |= {field.name.replace("_", "-") for field in dataclasses.fields(args)}
+    for script in (ROOT / "docs").glob("*.py"):
+        known |= set(re.findall('"--([a-z-]+)"', script.read_text()))
+    named = re.findall(r"(?<![\w-])--([a-z][a-z-]+)", path.read_text())
+    assert set(named) <= known
+
+
+def docs_model(vocab_size):
+    torch.manual_seed(vocab_size)
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=16,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        initializer_range=0.5,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.fixture
+def padded_tokenizer():
+    tokenizer = okd.demo_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def plain_loss(divergence):
+    """Mean over the response tokens, from a forward per row and network without padding."""
+    values = []
+    for answer in ANSWERS:
+        ids = [*f"{PROMPT}{answer}".encode(), EOS]
+        log_probs = []
+        for network in (docs_model(TEACHER_SIZE), docs_model(STUDENT_SIZE)):
+            logits = network(torch.tensor([ids])).logits[0, len(PROMPT) - 1 : -1]
+            log_probs.append(logits[:, :STUDENT_SIZE].log_softmax(-1))
+        values.append(divergence(*log_probs))
+    return torch.cat(values).mean().item()
+
+
+def small_steps(folder):
+    """Options of a trainer that takes all rows in one step, in two pieces."""
+    return {
+        "output_dir": folder,
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+
+
+def test_trainer_takes_the_plain_loss(tmp_path, padded_tokenizer):
+    names = {}
+    exec(python_blocks(ROOT / "docs" / "borrow.md")[1], names)
+    rows = []
+    for answer in ANSWERS:
+        response = [*answer.encode(), EOS]
+        prompt = list(PROMPT.encode())
+        rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+    trainer = names["DistillationTrainer"](
+        docs_model(TEACHER_SIZE),
+        divergence="rkl",
+        model=docs_model(STUDENT_SIZE),
+        args=transformers.TrainingArguments(**small_steps(tmp_path)),
+        train_dataset=rows,
+        data_collator=transformers.DataCollatorForSeq2Seq(padded_tokenizer),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(plain_loss(okd.rkl), rel=1e-5)
+
+
+def test_sft_trainer_takes_the_plain_loss(tmp_path, padded_tokenizer):
+    trl = pytest.importorskip("trl")
+    names = {
+        "teacher": docs_model(TEACHER_SIZE),
+        "student": docs_model(STUDENT_SIZE),
+        "tokenizer": padded_tokenizer,
+        "rows": [{"prompt": PROMPT, "completion": answer} for answer in ANSWERS],
+        "args": trl.SFTConfig(**small_steps(tmp_path)),
+    }
+    for block in python_blocks(ROOT / "docs" / "borrow.md")[1:3]:
+        exec(block, names)
+    loss = names["trainer"].state.log_history[0]["loss"]
+    assert loss == pytest.approx(plain_loss(okd.srkl), rel=1e-5)
