@@ -958,11 +958,9 @@ def evaluate_all(args):
 
 
 def main(argv=None):
-    def job():
-        config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+    with okd.one_line_errors("eval.py"):
         evaluate_all(tyro.cli(Args, args=argv, prog="eval.py", config=config))
-
-    okd.run_command(job, "eval.py")
 
 
 if __name__ == "__main__":

@@ -442,37 +442,16 @@ DEMO = Args(
 )
 
 # What may change when a run is resumed, since no result depends on it but by rounding.
-RESUMABLE = {
-    "resume",
-    "device",
-    "track",
-    "log_every",
-    "save_minutes",
-    "micro_batch_tokens",
-    "sample_batch_size",
-    "gradient_checkpointing",
-}
-# The problem that a run works on, and what concerns the run alone: no part of a method's name.
-NOT_SETTINGS = RESUMABLE | {
-    "method",
-    "teacher",
-    "student",
-    "data",
-    "max_length",
-    "max_prompt_length",
-    "max_new_tokens",
-    "teacher_sft",
-    "teacher_sft_epochs",
-    "teacher_sft_lr",
-    "student_sft_epochs",
-    "student_sft_lr",
-    "cache_dir",
-    "cache_teacher",
-    "seed",
-    "output_dir",
-    "shard",
-    "score_rows",
-}
+RESUMABLE = (
+    "resume device track log_every save_minutes micro_batch_tokens sample_batch_size "
+    "gradient_checkpointing"
+)
+# The problem that a run works on, and what concerns the run alone: no part of a method's label.
+NOT_SETTINGS = RESUMABLE + (
+    " method teacher student data max_length max_prompt_length max_new_tokens teacher_sft "
+    "teacher_sft_epochs teacher_sft_lr student_sft_epochs student_sft_lr cache_dir cache_teacher "
+    "seed output_dir shard score_rows"
+)
 
 RANGES = [  # lowest, highest, flags
     (0, 1, "alpha beta student_ce_weight sgo_fraction"),
@@ -500,11 +479,12 @@ def parse_args(argv):
     args = tyro.cli(Args, args=argv, default=default, prog="okd.py")
     if args.resume is not None:
         return resumed_args(args, given)
-    for column, value in asdict(METHODS[args.method]).items():
+    row = METHODS[args.method]
+    if args.text == "student" and args.sgo_fraction is None:  # also for a row of gold text
+        args.sgo_fraction = row.sgo_fraction or 1.0
+    for column, value in asdict(row).items():
         if getattr(args, column) is None:
             setattr(args, column, value)
-    if args.text == "student" and args.sgo_fraction == 0:  # --text student for a row of gold text
-        args.sgo_fraction = 1.0
 
     for low, high, names in RANGES:
         for name in names.split():
@@ -540,7 +520,7 @@ def resumed_args(args, given):
         begun = Args(**{f.name: stored[f.name] for f in fields(Args)})
     for name in sorted(given):
         column = name.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if column not in RESUMABLE:
+        if column not in RESUMABLE.split():
             raise UserError(f"{name}: a resumed run keeps its flags; begin another run instead")
         setattr(begun, column, getattr(args, column))
     if given & {"--micro-batch-tokens", "--sample-batch-size", "--gradient-checkpointing"}:
@@ -556,7 +536,7 @@ def run_label(args):
     parts = [args.method]
     for name, value in asdict(args).items():
         default = getattr(METHODS[args.method], name, getattr(defaults, name))
-        if name not in NOT_SETTINGS and value != default:
+        if name not in NOT_SETTINGS.split() and value != default:
             parts.append(f"{name}={value}")
     return " ".join(parts)
 
@@ -2298,7 +2278,7 @@ def fingerprint(source, portable=False):
         return [source, transformers.utils.hub.extract_commit_hash(file, None)]
     stamps = []
     for path in sorted(folder.iterdir()):
-        if path.is_dir() or path.name in ("results.json", "README.md"):
+        if path.is_dir() or path.name in ("results.json", "README.md", "warm_start.json"):
             continue
         stamp = path.stat().st_mtime_ns
         if portable:
@@ -2412,9 +2392,9 @@ def pick_hardware(device="auto", precision="auto"):
         torch_device = torch.empty(1, device=name).device  # with an index
         if torch_device.type == "cuda":
             torch.cuda.set_device(torch_device)
-    if torch_device.type == "cuda" and precision != "fp32":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    if torch_device.type == "cuda":  # who asks for fp32 gets no TF32
+        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if precision == "auto":
         precision = fast_precision(torch_device)
     # In every forward pass transformers would read tensors back from the device, to look for packed
@@ -2513,11 +2493,12 @@ def explaining(what):
         raise UserError(f"{what} ({message[:200]})") from error
 
 
-def run_command(job, program):
-    """Run job(). What the user can mend, or a disk or device refuses: one line, exit code 2."""
+@contextlib.contextmanager
+def one_line_errors(program):
+    """What the user can mend, or a disk or device refuses, is one line, and exit code 2."""
     signal.signal(signal.SIGTERM, exit_on_signal)  # so that temporary files are removed
     try:
-        job()
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -2876,8 +2857,8 @@ tags: [knowledge-distillation, okd]
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    run_command(lambda: distil(parse_args(argv)), "okd.py")
+    with one_line_errors("okd.py"):
+        distil(parse_args(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -3478,7 +3478,7 @@ def test_peak_of_a_cpu_is_the_processs(whole):
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", True)])
 def test_fp32_leaves_tf32_off(precision, tf32, monkeypatch):
     matmul = types.SimpleNamespace(allow_tf32=False)
-    cudnn = types.SimpleNamespace(allow_tf32=False)
+    cudnn = types.SimpleNamespace(allow_tf32=True)  # torch's defaults
     monkeypatch.setattr(torch.cuda, "set_device", print)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     monkeypatch.setattr(torch.backends, "cudnn", cudnn)

@@ -353,8 +353,8 @@ def main():
     parser.add_argument("study", choices=["1", "2", "4", "figures"])
     parser.add_argument("--seeds", type=int, help="default: 5, 3 and 1 in studies 1, 2 and 4")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, a core each")
-    for name in ("teacher", "student", "data", "test"):
-        parser.add_argument(f"--{name}", help="study 4: a folder, or a file of JSON lines")
+    for flag in ("--teacher", "--student", "--data", "--test"):
+        parser.add_argument(flag, help="study 4: a folder, or a file of JSON lines")
     args = parser.parse_args()
     if args.study == "figures":
         for study, report in REPORTS.items():
