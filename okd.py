@@ -914,7 +914,7 @@ def cut_log(path, size, hw):
 
 LOGITS_PER_CHUNK = 2**23  # on a CPU: 32 MB in float32, which its cache nearly holds
 GPU_FACTOR = 8  # a chunk costs kernel launches, so a GPU gets larger ones,
-GPU_MIN_TOKENS = 1024  # and each costs a gradient of the whole head, however few its tokens
+GPU_MIN_TOKENS = 1024  # and each costs a gradient of the whole head, however few its tokens are
 
 
 class Trunk:
@@ -976,10 +976,12 @@ def chunk_log_probs(trunks, chunk):
 
 
 def split_into_chunks(num_tokens, model, hw):
-    size = LOGITS_PER_CHUNK // vocab_size(model)
+    """Slices of about LOGITS_PER_CHUNK logits each, all of one size: none is a small remainder."""
+    size = LOGITS_PER_CHUNK / vocab_size(model)
     if hw.device.type != "cpu":
         size = max(size * GPU_FACTOR, GPU_MIN_TOKENS)
-    size = max(1, size)
+    num_chunks = max(1, round(num_tokens / max(1, size)))
+    size = math.ceil(num_tokens / num_chunks)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 

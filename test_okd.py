@@ -744,11 +744,17 @@ def test_split_into_micro_batches_changes_no_gradient(method, tokens, train, kep
 def test_chunks_are_larger_off_the_cpu(device, tokens, size, monkeypatch):
     monkeypatch.setattr(okd, "LOGITS_PER_CHUNK", tokens * VOCAB_SIZE)
     hw = okd.Hardware(torch.device(device), torch.float32)
-    chunks = okd.split_into_chunks(size + 1, tiny_model(), hw)
+    chunks = okd.split_into_chunks(2 * size, tiny_model(), hw)
     assert chunks == [slice(0, size), slice(size, 2 * size)]
 
 
-def test_head_never_sees_more_tokens_than_a_chunk(examples, small_chunks):
+def test_no_chunk_is_a_small_remainder(monkeypatch):
+    monkeypatch.setattr(okd, "LOGITS_PER_CHUNK", 5 * VOCAB_SIZE)
+    chunks = okd.split_into_chunks(11, tiny_model(), CPU)
+    assert chunks == [slice(0, 6), slice(6, 12)]
+
+
+def test_head_sees_chunks_of_one_size(examples, small_chunks):
     args = make_args("--method fkl")
     student, teacher = tiny_pair(args)
     sizes = []
@@ -758,7 +764,8 @@ def test_head_never_sees_more_tokens_than_a_chunk(examples, small_chunks):
 
     student.lm_head.register_forward_pre_hook(record)
     backpropagate(args, student, teacher, examples[:5])
-    assert set(sizes[:-1]) == {7}
+    assert set(sizes[:-1]) == {sizes[0]}
+    assert 7 / 1.5 <= sizes[0] <= 7 * 1.5
     assert sum(sizes) == len(labels_of(examples[:5]))
 
 
