@@ -27,6 +27,7 @@ data, models, warm start, processes and disk, main.
 import atexit
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import json
@@ -439,6 +440,7 @@ DEMO = Args(
     lr=2e-3,
     precision="fp32",
     eval_every=100,
+    score_rows=400,
 )
 
 # What may change when a run is resumed, since no result depends on it but by rounding.
@@ -486,11 +488,7 @@ def parse_args(argv):
         if getattr(args, column) is None:
             setattr(args, column, value)
 
-    for low, high, names in RANGES:
-        for name in names.split():
-            value = getattr(args, name)
-            if not low <= value <= high:
-                raise UserError(f"{flag(name)} is {value}: it must lie in [{low}, {high:g}]")
+    check_ranges(args)
     if args.ab_alpha == 0 and args.ab_beta == 0:
         raise UserError("--ab-alpha and --ab-beta are both 0: one of them must be larger")
     own_text = args.text in ("student", "adaptive", "mixture")
@@ -509,8 +507,13 @@ def parse_args(argv):
     return args
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+def check_ranges(args):
+    for low, high, names in RANGES:
+        for name in names.split():
+            value = getattr(args, name)
+            if not low <= value <= high:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is {value}: it must lie in [{low}, {high:g}]")
 
 
 def resumed_args(args, given):
@@ -523,6 +526,7 @@ def resumed_args(args, given):
         if column not in RESUMABLE.split():
             raise UserError(f"{name}: a resumed run keeps its flags; begin another run instead")
         setattr(begun, column, getattr(args, column))
+    check_ranges(begun)
     if given & {"--micro-batch-tokens", "--sample-batch-size", "--gradient-checkpointing"}:
         print("the resumed run is equal to an unbroken one only up to rounding and sampling")
     begun.output_dir = args.resume
@@ -659,7 +663,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             own_lr = lr * args.teacher_lr_ratio if name == "teacher" else lr
             grad_norm = optimizer_step(optimizer, scaler, own_lr, args.max_grad_norm, hw)
             metrics[f"{name}_grad_norm"] = grad_norm
-        scaler.update()
+        scaler.update(None if hw.dtype == torch.float16 else 1.0)
         if args.divergence == "taid":
             taid_schedule.step(metrics["student_loss"], step / max(1, num_steps - 1))
             metrics["taid_t"] = taid_schedule.t
@@ -754,11 +758,11 @@ def make_scaler(hw):
     """A gradient scaler for every precision: it skips the step of a non-finite gradient.
 
     With a fused optimizer it decides on the device: no tensor is read back. Only fp16 needs the
-    scale itself. Elsewhere it is 1 and never grows.
+    scale itself; elsewhere it is kept at 1.
     """
     if hw.dtype == torch.float16:
         return torch.amp.GradScaler(hw.device.type)
-    return torch.amp.GradScaler(hw.device.type, init_scale=1.0, growth_interval=10**9)
+    return torch.amp.GradScaler(hw.device.type, init_scale=1.0)
 
 
 def optimizer_step(optimizer, scaler, lr, max_grad_norm, hw):
@@ -903,10 +907,11 @@ def cut_log(path, size, hw):
         raise UserError(f"{path} is shorter than at the last checkpoint: records were lost")
     if hw.rank == 0:
         os.truncate(path, size)
-    records = log.splitlines()
+    records = log[: log.rfind(b"\n") + 1].splitlines()  # the last one may be cut in the middle
     if not records:
         return -1
-    return json.loads(records[-1])["step"]
+    with explaining(f"{path} is damaged"):
+        return json.loads(records[-1])["step"]
 
 
 # -----------------------------------------------------------------------------
@@ -1064,9 +1069,10 @@ def score(args, model, rows, data, hw):
     responses = generate(
         model, prompts, data.stop_ids, hw, args.max_new_tokens, args.sample_batch_size
     )
-    answers = data.tokenizer.batch_decode(responses, skip_special_tokens=True)
     total = 0.0
-    for row, answer in zip(rows, answers, strict=True):
+    for row, ids in zip(rows, responses, strict=True):
+        text_ids = [token for token in ids if token not in data.stop_ids]
+        answer = data.tokenizer.decode(text_ids, skip_special_tokens=True)
         total += rouge_l(answer, row.references)
     return total / len(rows)
 
@@ -1151,7 +1157,7 @@ def adaptive_text(gold, step, num_steps, rng, state, sampler):
         return gold
     buffer_is_full = len(state.replay) >= REPLAY_CAPACITY
     if buffer_is_full and r >= state.phi * (1 - step / num_steps):
-        return rng.sample(state.replay, len(gold))
+        return rng.sample(state.replay, min(len(gold), len(state.replay)))
     fresh = sampler.answer(gold, step)
     state.replay = (state.replay + fresh)[-REPLAY_CAPACITY:]
     return fresh
@@ -1195,7 +1201,7 @@ class Sampler:
 
     def answer(self, rows, step, teacher=None):
         """The same prompts with sampled responses; with a teacher, sampled from the mixture."""
-        start = time.perf_counter()
+        start = self.hw.now()
         responses = generate(
             self.student,
             [row.prompt_ids for row in rows],
@@ -1207,7 +1213,7 @@ class Sampler:
             seed=hash((self.args.seed, step)),
             teacher=teacher,
         )
-        self.state.sampling_seconds += time.perf_counter() - start
+        self.state.sampling_seconds += self.hw.now() - start
         max_length = self.args.max_length
         return [row.answered(ids, max_length) for row, ids in zip(rows, responses, strict=True)]
 
@@ -1283,20 +1289,17 @@ def generate(
     torch.manual_seed(hash((seed, hw.rank)))
     # Longest prompts first: if the memory is too small, that shows at once.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    order += order[:1] * (-len(order) % hw.world)  # as many for each process
+    order += order[-1:] * (-len(order) % hw.world)  # as many for each process
     mine = order[hw.rank :: hw.world]
     responses = {}
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
         input_ids, mask = left_pad([prompts[i] for i in indices], stop_ids[0], hw.device)
-        room = positions - input_ids.size(1)
-        if room < 1:
-            raise UserError(f"a prompt of {input_ids.size(1)} tokens leaves no room for a response")
-        if room < max_new_tokens:
-            print_once(f"the longest prompts leave positions for only {room} new tokens")
+        # The longest prompt of all processes at this time.
+        room = room_for_response(len(prompts[order[start * hw.world]]), positions, max_new_tokens)
         config = transformers.GenerationConfig(
             do_sample=do_sample,
-            max_new_tokens=min(max_new_tokens, room),
+            max_new_tokens=room,
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
             **options,
@@ -1319,6 +1322,15 @@ def generate(
     for part in hw.gather(responses):
         responses.update(part)
     return [responses[i] for i in range(len(prompts))]
+
+
+def room_for_response(prompt_length, positions, max_new_tokens):
+    room = positions - prompt_length
+    if room < 1:
+        raise UserError(f"a prompt of {prompt_length} tokens leaves no room for a response")
+    if room < max_new_tokens:
+        print_once(f"some prompts leave positions for fewer than {max_new_tokens} new tokens")
+    return min(room, max_new_tokens)
 
 
 def left_pad(prompts, pad_id, device):
@@ -1461,7 +1473,7 @@ def read_row(row, tokenizer, number=1):
         if isinstance(prompt, list):
             messages = prompt + responses
             prompt, ids, response_ids = encode_chat(tokenizer, messages, row.get("tools") or None)
-            responses = [tokenizer.decode(response_ids, skip_special_tokens=True)]
+            responses = [tokenizer.decode(response_ids[:-1], skip_special_tokens=True)]
         else:
             ids, response_ids = encode_pair(tokenizer, prompt, responses[0])
             probe = tokenizer("a").input_ids
@@ -1483,7 +1495,7 @@ def parse_row(row):
         if place in fields:
             raise UserError(f"{name} is a second {place}: keep one of them")
         fields[place] = value
-    if isinstance(fields.get("prompt"), list):  # TRL
+    if isinstance(fields.get("prompt"), list) and "messages" not in fields:  # TRL
         fields["messages"] = fields.pop("prompt") + fields.pop("output")
     form = next((name for name in FORMS if name in fields), "prompt")
     unread = fields.keys() - FORMS[form]
@@ -1557,6 +1569,8 @@ def encode_chat(tokenizer, messages, tools=None):
     for message in messages:
         if (tools or message.get("tool_calls")) and "tool_calls" not in template:
             raise UserError("the chat template does not write tools")
+        if message["role"] == "tool" and "tool" not in template:
+            raise UserError("the chat template does not write the role tool")
         if message["role"] == "developer" and "developer" not in template:
             message["role"] = "system"
     for options in ({"enable_thinking": False}, {}):
@@ -1587,7 +1601,7 @@ def check_written(messages, conversation):
     for name in ("content", "reasoning_content", "thinking", "reasoning"):
         texts += re.split("</?think>", messages[-1].get(name) or "")
     for text in texts:
-        if text.strip() not in conversation:
+        if conversation.count(text.strip()) < texts.count(text):
             raise UserError(f"the chat template does not write {text.strip()[:60]!r}")
 
 
@@ -1819,7 +1833,7 @@ def collate(rows, device):
     rollout = torch.tensor([values for row in rows for values in row.rollout or []])
     tensors = [input_ids, positions, labels, rollout]
     if rows[0].states is not None:
-        tensors.append(torch.cat([row.states for row in rows]))
+        tensors.append(torch.cat([row.states.to(device, non_blocking=True) for row in rows]))
     return Batch(*[tensor.to(device, non_blocking=True) for tensor in tensors])
 
 
@@ -1967,12 +1981,15 @@ def save_model(model, tokenizer, folder, stop_ids):
 
     generation_config.json is the one that the model came with, but stops at stop_ids.
     """
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with explaining(f"cannot write {folder}"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     generation_config = model.own_generation_config
     generation_config.eos_token_id = stop_ids
     path = pathlib.Path(folder, "generation_config.json")
     path.write_text(generation_config.to_json_string())  # save_pretrained refuses some of the hub's
+    for path in pathlib.Path(folder).iterdir():
+        sync(path)
 
 
 def load_config(name, role):
@@ -1980,9 +1997,13 @@ def load_config(name, role):
     if name == "demo":
         return demo_config(role)
     # generate() fails in models that also return their routers' logits.
-    return transformers.AutoConfig.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(
         base_of(name) or name, output_router_logits=False
     )
+    family = config.get_text_config(decoder=True).model_type
+    if family in UNSUPPORTED.split():
+        raise UserError(f"the {role} {name} is a {family}, which okd cannot use")
+    return config
 
 
 def demo_config(role):
@@ -2009,8 +2030,6 @@ def check_fits(name, role, rows, tokenizer, max_length):
     with explaining(f"cannot load the {role} {name}: {WHERE_MODELS_ARE}"):
         config = load_config(name, role).get_text_config(decoder=True)
         num_tokens = config.vocab_size
-    if config.model_type in UNSUPPORTED.split():
-        raise UserError(f"the {role} {name} is a {config.model_type}, which okd cannot train")
     if max_length > max_positions(config):
         raise UserError(f"--max-length {max_length} is beyond the last position of {role} {name}")
     largest = max(max(row.prompt_ids + row.response_ids) for row in rows)
@@ -2249,9 +2268,7 @@ def warm_start(args, role, source, data, epochs, lr, hw, use_lora=False):
             save_model(model, data.tokenizer, temporary / "model", data.stop_ids)
             seconds = json.dumps({"seconds": state.seconds})
             (temporary / "model" / "warm_start.json").write_text(seconds)
-            for path in (temporary / "model").iterdir():
-                sync(path)
-            if not folder.exists():
+            with contextlib.suppress(OSError):  # another run was first
                 (temporary / "model").rename(folder)
         (work_dir / "checkpoint.pt").unlink()
     hw.gather("saved")  # a barrier
@@ -2275,11 +2292,13 @@ def fingerprint(source, portable=False):
     folder = pathlib.Path(source)
     if source == "demo":
         return [source]
-    if not folder.is_dir():
-        file = transformers.utils.hub.cached_file(source, "config.json")
-        return [source, transformers.utils.hub.extract_commit_hash(file, None)]
+    base = base_of(source)
     stamps = []
-    for path in sorted(folder.iterdir()):
+    if not folder.is_dir():
+        name = "adapter_config.json" if base else "config.json"
+        file = transformers.utils.hub.cached_file(source, name)
+        stamps = [source, transformers.utils.hub.extract_commit_hash(file, None)]
+    for path in sorted(folder.glob("*")):
         if path.is_dir() or path.name in ("results.json", "README.md", "warm_start.json"):
             continue
         stamp = path.stat().st_mtime_ns
@@ -2287,9 +2306,8 @@ def fingerprint(source, portable=False):
             with open(path, "rb") as file:
                 stamp = hashlib.sha256(file.read(2**20)).hexdigest()
         stamps.append([path.name, path.stat().st_size, stamp])
-    if (folder / "adapter_config.json").exists():
-        config = json.loads((folder / "adapter_config.json").read_text())
-        stamps += fingerprint(config["base_model_name_or_path"], portable)
+    if base:
+        stamps += fingerprint(base, portable)
     return stamps
 
 
@@ -2388,7 +2406,9 @@ def pick_hardware(device="auto", precision="auto"):
             name = "mps"
         if torch.cuda.is_available():
             name = "cuda"
-    if name == "cuda" and world > 1:
+    if world > 1 and name.startswith("cuda:"):
+        raise UserError(f"--device {name}: under torchrun every process has a GPU of its own")
+    if world > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with explaining(f"--device {device} cannot be used here"):
         torch_device = torch.empty(1, device=name).device  # with an index
@@ -2458,10 +2478,11 @@ def whole_file(path):
     """A file to write that gets its name when all of it is on the disk: never half there."""
     temporary = path.with_name(f"{path.name}.tmp")  # a run's folder belongs to one run
     try:
-        with open(temporary, "wb") as file:
-            yield file
-        sync(temporary)
-        temporary.replace(path)
+        with explaining(f"cannot write {path}"):
+            with open(temporary, "wb") as file:
+                yield file
+            sync(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -2523,7 +2544,7 @@ def exit_on_signal(number, frame):
 
 
 def distil(args):
-    """The whole job: data, warm starts, distillation, scores. Raises UserError."""
+    """The whole job. Raises UserError."""
     hw = pick_hardware(args.device, args.precision)
     if hw.rank > 0:  # one process speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
@@ -2534,6 +2555,12 @@ def distil(args):
     warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out)")
     run_dir = take_folder(args, hw)
     args.output_dir = str(run_dir)
+    with sole_use(run_dir, hw):
+        run(args, hw, run_dir)
+
+
+def run(args, hw, run_dir):
+    """Data, warm starts, distillation and scores, in the run's folder. Raises UserError."""
     try:
         data, record = begin(args, hw, run_dir)
         wandb_run = None
@@ -2596,6 +2623,24 @@ def take_folder(args, hw):
     return pathlib.Path(hw.gather(str(folder))[0])
 
 
+@contextlib.contextmanager
+def sole_use(folder, hw):
+    """Raises UserError while another process works in this folder; a killed one does not."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if hw.rank == 0:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another process is running in {folder}") from None
+    except OSError:
+        print(f"{folder} is on a file system without locks: run it in one process only")
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def begin(args, hw, run_dir):
     """Tokenizer, rows and all checks that need no weights: before hours of training, not after.
 
@@ -2606,13 +2651,18 @@ def begin(args, hw, run_dir):
     data = load_data(args.teacher, args.data, tokenizer, args.max_prompt_length, args.max_length)
     rows = data.train + data.dev + data.test
     print(f"train, dev, test: {len(data.train)}, {len(data.dev)}, {len(data.test)} rows")
-    for size in (args.batch_size, WARM_START_BATCH):
+    sizes = [args.batch_size]
+    if args.teacher_sft_epochs + args.student_sft_epochs > 0:
+        sizes.append(WARM_START_BATCH)
+    for size in sizes:
         if min(size, len(data.train)) % hw.world > 0:
             raise UserError(f"{hw.world} processes cannot share batches of {size} rows")
     if args.text == "adaptive" and not data.dev:
         raise UserError("--text adaptive needs dev rows: phi depends on the evaluations")
     for role, name in (("teacher", args.teacher), ("student", args.student)):
         check_fits(name, role, rows, tokenizer, args.max_length)
+        with explaining(f"the {role} {name} is no decoder that okd can use"):
+            blocks_of(empty_model(name, role))
     skeleton = empty_model(args.teacher, "teacher")
     if args.teacher_sft == "lora" and args.teacher_sft_epochs > 0:
         lora_modules(skeleton, "auto", 0)
@@ -2646,8 +2696,8 @@ def require_same(stored, found, run_dir):
     for name, value in stored.items():
         if found[name] != value:
             raise UserError(
-                f"{run_dir} began with {name} {value} and now finds {found[name]}: restore what it "
-                "began with, or begin another run"
+                f"{run_dir}: {name} changed since the run began (then {value}, now {found[name]}): "
+                "restore what it began with, or begin another run"
             )
 
 

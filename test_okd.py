@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import fcntl
 import gzip
 import io
 import json
@@ -802,6 +803,22 @@ def test_score_is_the_mean_rouge_of_answers(examples, tokenizer, monkeypatch):
     monkeypatch.setattr(okd, "generate", generate)
     data = okd.Data(tokenizer, [EOS], [], [], [])
     assert okd.score(make_args(), None, examples[:2], data, CPU) == pytest.approx(50.0)
+
+
+def test_end_token_is_no_part_of_an_answer(tokenizer, monkeypatch):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<done>"])  # not marked special, so that decode() writes it
+    end = tokenizer.convert_tokens_to_ids("<done>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}<done>{% endfor %}"
+        "{% if add_generation_prompt %}{% endif %}"
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}]
+    row = okd.read_row({"messages": messages}, tokenizer)
+    assert (row.references, row.end_id) == (["yes"], end)
+    monkeypatch.setattr(okd, "generate", lambda *_: [[*b"no", end]])
+    data = okd.Data(tokenizer, [EOS, end], [], [], [])
+    assert okd.score(make_args(), None, [row], data, CPU) == 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -3224,6 +3241,13 @@ def test_signal_finishes_the_step_and_saves(number, code, job, whole, monkeypatc
     assert_same_run(job.folder, whole.folder)
 
 
+def test_resume_of_a_running_run_is_refused(stopped):
+    handle = os.open(stopped.folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert "another process is running" in stopped.resume(code=2)
+    os.close(handle)
+
+
 def test_signal_in_the_last_evaluation_is_heard(job, whole, monkeypatch):
     with monkeypatch.context() as patch:
         on_call(patch, "evaluate", 3, lambda: send_twice(signal.SIGTERM))
@@ -3232,13 +3256,14 @@ def test_signal_in_the_last_evaluation_is_heard(job, whole, monkeypatch):
     assert_same_run(job.folder, whole.folder)
 
 
-def test_full_disk_keeps_the_old_checkpoint(job, whole, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # torch's writer raises its own
+def test_full_disk_keeps_the_old_checkpoint(kind, job, whole, monkeypatch):
     save = torch.save
 
     def write_half(checkpoint, file):
         if checkpoint["state"].step == 3:
             file.write(b"half")
-            full_disk()
+            raise kind("No space left on device")
         save(checkpoint, file)
 
     with monkeypatch.context() as patch:
@@ -3259,6 +3284,13 @@ def test_shortened_metrics_are_refused_not_padded(stopped):
     os.truncate(stopped.folder / "metrics.jsonl", 100)
     assert "metrics.jsonl is shorter" in stopped.resume(code=2)
     assert (stopped.folder / "metrics.jsonl").stat().st_size == 100
+
+
+def test_record_cut_in_the_middle_is_reported_again(stopped, whole):
+    with open(stopped.folder / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "dist')
+    stopped.resume()
+    assert_same_run(stopped.folder, whole.folder)
 
 
 # -----------------------------------------------------------------------------
@@ -3285,6 +3317,10 @@ def test_allowed_flags_take_effect(stopped):
     assert steps == [1, 2, 3, 4, 6]
 
 
+def test_resume_checks_the_ranges(stopped):
+    assert "--log-every is 0" in stopped.resume("--log-every 0", code=2)
+
+
 def test_flags_that_save_memory_are_said(stopped):
     flags = "--micro-batch-tokens 64 --sample-batch-size 1 --gradient-checkpointing"
     assert "only up to rounding" in stopped.resume(flags)
@@ -3308,7 +3344,7 @@ def test_resume_refuses_another_number_of_processes(stopped):
     record = read_json(stopped.folder / "args.json")
     record["began_with"]["processes"] = 2
     (stopped.folder / "args.json").write_text(json.dumps(record))
-    assert "began with processes 2 and now finds 1" in stopped.resume(code=2)
+    assert "processes changed since the run began (then 2, now 1)" in stopped.resume(code=2)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
@@ -3316,14 +3352,14 @@ def test_resume_refuses_other_weights(role, job):
     with killed("train"):
         job()
     tiny_model(seed=9).save_pretrained(job.models / role)
-    assert f"began with {role}" in job.resume(code=2)
+    assert f"{role} changed since the run began" in job.resume(code=2)
 
 
 def test_resume_refuses_other_rows(job):
     with killed("train"):
         job()
     job.rows.write_text(job.rows.read_text().replace("shout", "shoot", 1))
-    assert "began with rows" in job.resume(code=2)
+    assert "rows changed since the run began" in job.resume(code=2)
 
 
 def test_resume_takes_a_copy_of_the_models(job):
@@ -3339,7 +3375,7 @@ def test_resume_refuses_other_fine_tuned_weights(job):
         job("--student-sft-epochs 1")
     (folder,) = job.cache.glob("student-*")
     tiny_model(seed=9).save_pretrained(folder)
-    assert "began with student" in job.resume(code=2)
+    assert "student changed since the run began" in job.resume(code=2)
 
 
 def test_resume_needs_the_fine_tuned_models(job):
@@ -3596,7 +3632,9 @@ def test_help_shows_the_real_jobs_defaults(monkeypatch):
 def test_every_flag_has_a_help_text(monkeypatch):
     text = help_text(monkeypatch)
     for field in fields(okd.Args):
-        assert re.search(rf"{okd.flag(field.name)}[ ,].*?[a-z]+ [a-z]+.*?\(default:", text)
+        assert re.search(
+            rf"--{field.name.replace('_', '-')}[ ,].*?[a-z]+ [a-z]+.*?\(default:", text
+        )
 
 
 MISTAKES = [
