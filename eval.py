@@ -437,7 +437,7 @@ def measure_texts(student, teacher, examples, max_tokens, hw):
     """Examples -> {name: (n,) values of every example's response tokens}, short examples first."""
     # Gold text may be longer than any answer.
     longest = min(okd.max_positions(student.config), okd.max_positions(teacher.config), 10**9)
-    rows = [row.answered(row.response_ids, longest) for row in examples]
+    rows = [row.with_response(row.response_ids, longest) for row in examples]
     measured = okd.measure(student, teacher, rows, hw, max_tokens, metrics=token_metrics)
     lengths = [len(row.response_ids) for row in sorted(rows, key=len)]
     return {name: values.cpu().split(lengths) for name, values in measured.items()}

@@ -10,13 +10,13 @@ at the same time, on the same batches, from one forward pass of each network. Wi
 with its module, p_0 the teacher without it, q the student, y the gold token and sg the
 stop-gradient, the losses per response token are
 
-    student   L_S = (1 - a) D(sg[p_f], q) + a CE(q, y)
+    student   L_S = (1 - w) D(sg[p_f], q) + w CE(q, y)
     teacher   L_T = alpha KL(sg[q] || p_f) + (1 - alpha) CE(p_f, y) + mu KL(p_0 || p_f)
 
-with a = 0 and D = KL(p_f || q) in equation 17 and mu = 0 in equation 16 of Rao et al. 2024
-(arXiv:2409.12512v2), whose Algorithm 1 is the loop below. The paper does not state alpha, the scale
-of the module, the temperature and the learning rates it chose: the values here are ours. So are a,
-other divergences D and the anchor mu, which are off by default.
+Equation 17 of Rao et al. 2024 (arXiv:2409.12512v2) is L_S with w = 0 and D = KL(p_f || q), equation
+16 is L_T with mu = 0, and Algorithm 1 is the training loop below. The paper does not state alpha,
+the scale of the module, the temperature and the learning rates it chose: the defaults here are
+ours. Not in the paper, and off by default, are w, other divergences D and the anchor mu.
 
 Every baseline is one row of a table and runs in the same loop, on the same data, from the same
 start. Where one leaves its paper, a comment says so. The file is read from top to bottom:
@@ -50,7 +50,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
-# GPU memory in segments that can grow: less is lost to fragments. torch reads this when imported.
+# Let CUDA's allocator grow its segments, which reduces fragmentation, unless the user chose
+# otherwise. torch reads this when it is imported.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -80,10 +81,10 @@ from transformers.utils import find_adapter_config_file
 def fkl(log_p, log_q):
     """Forward KL(p || q): q must cover all that p does. Hinton et al. 2015, arXiv:1503.02531.
 
-    It includes the entropy of p, which published code drops. Its gradient is zero for a frozen
-    teacher, but not for a moving one.
+    The term sum p log p, which published code drops, has no gradient for a frozen teacher, but has
+    one for a teacher that moves.
     """
-    # 0 - sum(p (log q - log p)): the gradient of log q then needs no copy with the sign changed.
+    # Written with 0 - sum(...), the backward pass needs one (n, V) copy less.
     return 0 - (log_p.exp() * (log_q - log_p)).sum(-1)
 
 
@@ -133,16 +134,16 @@ def srkl(log_p, log_q, skew=0.1):
     return sfkl(log_q, log_p, skew)
 
 
-def akl(log_p, log_q, mu=0.5):
+def akl(log_p, log_q, head_mass=0.5):
     """fkl and rkl, weighted by sum |p - q| over the head and over the tail of p.
 
-    The head is the smallest set of p's likeliest tokens whose mass is at least mu, as in the paper
-    (the authors' code leaves the last of them out). Wu et al. 2024, arXiv:2404.02657.
+    The head is the smallest set of p's likeliest tokens whose mass is at least head_mass, as in
+    the paper (the authors' code leaves the last of them out). Wu et al. 2024, arXiv:2404.02657.
     """
     with torch.no_grad():
         p, order = log_p.exp().sort(dim=-1, descending=True)
         gap = (p - log_q.exp().gather(-1, order)).abs()
-        in_head = p.cumsum(-1) - p < mu
+        in_head = p.cumsum(-1) - p < head_mass
         tiny = torch.finfo(gap.dtype).tiny
         head_weight = (gap * in_head).sum(-1) / gap.sum(-1).clamp_min(tiny)
     return head_weight * fkl(log_p, log_q) + (1 - head_weight) * rkl(log_p, log_q)
@@ -183,13 +184,14 @@ class TaidSchedule(torch.nn.Module):
     Buffers, not floats: they stay on the device, and state_dict saves them.
     """
 
-    def __init__(self, start=0.4, end=1.0, delta=5e-4, momentum=0.99):
+    start = 0.4
+    end = 1.0
+    delta = 5e-4
+    momentum = 0.99
+
+    def __init__(self):
         super().__init__()
-        self.start = start
-        self.end = end
-        self.delta = delta
-        self.momentum = momentum
-        self.register_buffer("t", torch.tensor(start))
+        self.register_buffer("t", torch.tensor(self.start))
         self.register_buffer("trend", torch.tensor(0.0))
         self.register_buffer("last_loss", torch.tensor(math.inf))
 
@@ -205,18 +207,7 @@ class TaidSchedule(torch.nn.Module):
         self.last_loss = loss
 
 
-DIVERGENCES = {
-    "fkl": fkl,
-    "rkl": rkl,
-    "frkl": frkl,
-    "jsd": jsd,
-    "tvd": tvd,
-    "sfkl": sfkl,
-    "srkl": srkl,
-    "akl": akl,
-    "ab": ab,
-    "taid": taid,
-}
+DIVERGENCES = {f.__name__: f for f in (fkl, rkl, frkl, jsd, tvd, sfkl, srkl, akl, ab, taid)}
 
 # -----------------------------------------------------------------------------
 # Methods: a divergence, the text it is measured on, and whether the teacher moves
@@ -270,17 +261,17 @@ def at_temperature(log_p, temperature):
 def student_loss(
     log_p, log_q, labels, divergence="fkl", parameters=None, ce_weight=0.0, temperature=1.0
 ):
-    """L_S = (1 - a) D(sg[p], q) + a CE(q, y), (N,). Equation 17 has a = 0 and D = KL(p || q).
+    """L_S = (1 - w) D(sg[p], q) + w CE(q, y), (N,). Equation 17 has w = 0 and D = KL(p || q).
 
-    `parameters` are the divergence's own keyword arguments. No gradient reaches the teacher;
-    log_p may be None when a = 1. Divergences are taken at the temperature and multiplied by its
-    square, which keeps the size of the gradient (Hinton et al. 2015).
+    w is ce_weight; `parameters` are the divergence's own keyword arguments. No gradient reaches the
+    teacher; log_p may be None when w = 1. Divergences are taken at the temperature and multiplied
+    by its square, which keeps the size of the gradient (Hinton et al. 2015).
     """
     if ce_weight == 1:
         return cross_entropy(log_q, labels)
-    heated_p = at_temperature(log_p.detach(), temperature)
-    heated_q = at_temperature(log_q, temperature)
-    values = DIVERGENCES[divergence](heated_p, heated_q, **(parameters or {}))
+    soft_p = at_temperature(log_p.detach(), temperature)
+    soft_q = at_temperature(log_q, temperature)
+    values = DIVERGENCES[divergence](soft_p, soft_q, **(parameters or {}))
     loss = (1 - ce_weight) * temperature**2 * values
     if ce_weight > 0:
         loss = loss + ce_weight * cross_entropy(log_q, labels)
@@ -295,13 +286,13 @@ def teacher_loss(log_p, log_q, log_p0, labels, alpha=0.5, anchor=0.0, temperatur
     student can represent. The anchor is not in the paper; log_p0 may be None when it is 0.
     """
     loss = (1 - alpha) * cross_entropy(log_p, labels)
-    heated_p = at_temperature(log_p, temperature)
+    soft_p = at_temperature(log_p, temperature)
     if alpha > 0:
-        heated_q = at_temperature(log_q.detach(), temperature)
-        loss = loss + alpha * temperature**2 * fkl(heated_q, heated_p)
+        soft_q = at_temperature(log_q.detach(), temperature)
+        loss = loss + alpha * temperature**2 * fkl(soft_q, soft_p)
     if anchor > 0:
-        heated_p0 = at_temperature(log_p0.detach(), temperature)
-        loss = loss + anchor * temperature**2 * fkl(heated_p0, heated_p)
+        soft_p0 = at_temperature(log_p0.detach(), temperature)
+        loss = loss + anchor * temperature**2 * fkl(soft_p0, soft_p)
     return loss
 
 
@@ -340,7 +331,7 @@ def eval_metrics(log_p, log_q, log_p0, labels):
         "student_entropy": -(log_q.exp() * log_q).sum(-1),
         "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
         "top1_agreement": (log_p0.argmax(-1) == log_q.argmax(-1)).float(),
-        "drift": fkl(log_p0, log_p),  # of the module
+        "drift": fkl(log_p0, log_p),  # how far the module has moved the teacher
     }
 
 
@@ -443,7 +434,7 @@ DEMO = Args(
     score_rows=400,
 )
 
-# What may change when a run is resumed, since no result depends on it but by rounding.
+# What may change when a run is resumed: it changes results at most by rounding.
 RESUMABLE = (
     "resume device track log_every save_minutes micro_batch_tokens sample_batch_size "
     "gradient_checkpointing"
@@ -474,6 +465,7 @@ class UserError(Exception):
 
 def parse_args(argv):
     """Flags -> Args. A column of the method table that no flag sets comes from the method's row."""
+    # The flags that were typed: tyro does not tell them from defaults.
     given = {item.split("=")[0].replace("_", "-") for item in argv if item.startswith("-")}
     default = DEMO
     if given & {"--teacher", "--help", "-h"}:
@@ -495,7 +487,10 @@ def parse_args(argv):
     if own_text and args.student_ce_weight > 0:
         raise UserError("--student-ce-weight: on the student's own text there is no gold token")
     if args.teacher_moves and args.anchor == 0 and (own_text or args.alpha == 1):
-        raise UserError("p = q would be a fixed point: give --anchor, or gold text and --alpha < 1")
+        raise UserError(
+            "a moving teacher needs --anchor, or gold text and --alpha below 1: else teacher and "
+            "student only copy each other"
+        )
     if args.text == "adaptive" and args.eval_rows == 0:
         raise UserError("--text adaptive needs --eval-rows: phi depends on the evaluations")
     if args.cache_teacher and args.teacher_moves:
@@ -598,7 +593,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
     optimizers = {name: make_optimizer(net, args.weight_decay) for name, net in networks.items()}
     scaler = make_scaler(hw)
     taid_schedule = TaidSchedule().to(hw.device)
-    # Supervised fine-tuning needs no teacher, so it does not run.
+    # Without a divergence the teacher need not run.
     loss_teacher = teacher if args.student_ce_weight < 1 or args.teacher_moves else None
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -672,11 +667,11 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
 
         # All processes stop after the same step, and save when the first one's clock says so.
         save_due = args.save_minutes > 0 and time.monotonic() >= next_save
-        votes = hw.gather((signals.number, save_due))
-        stop_signal = max(number for number, _ in votes)
+        numbers, saves_due = zip(*hw.gather((signals.number, save_due)), strict=True)
+        stop_signal = max(numbers)
         is_last = state.step == num_steps
         reporting = is_last or state.step % args.log_every == 0
-        saving = is_last or stop_signal or votes[0][1]
+        saving = is_last or stop_signal or saves_due[0]
         if reporting or saving:
             now = hw.now()
             state.seconds += now - clock
@@ -702,7 +697,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             if hw.rank == 0:
                 state.log_bytes = log_path.stat().st_size
                 save_checkpoint(run_dir, networks, stateful, state, best_weights)
-            hw.gather("saved")  # a barrier
+            hw.barrier()
             next_save = time.monotonic() + 60 * args.save_minutes
             clock = hw.now()
         if stop_signal:
@@ -902,7 +897,7 @@ def cut_log(path, size, hw):
     """
     path.touch()
     log = path.read_bytes()
-    hw.gather("read")  # a barrier
+    hw.barrier()
     if len(log) < size:
         raise UserError(f"{path} is shorter than at the last checkpoint: records were lost")
     if hw.rank == 0:
@@ -918,8 +913,9 @@ def cut_log(path, size, hw):
 # One micro-batch: two trunks, then heads and losses over chunks of tokens, then back
 
 LOGITS_PER_CHUNK = 2**23  # on a CPU: 32 MB in float32, which its cache nearly holds
-GPU_FACTOR = 8  # a chunk costs kernel launches, so a GPU gets larger ones,
-GPU_MIN_TOKENS = 1024  # and each costs a gradient of the whole head, however few its tokens are
+# Each chunk costs kernel launches and one gradient of the whole head: a GPU takes larger ones.
+GPU_FACTOR = 8
+GPU_MIN_TOKENS = 1024
 
 
 class Trunk:
@@ -935,8 +931,8 @@ class Trunk:
         if states is None:
             # The weights of a frozen network are in hw.dtype already: autocast is only overhead.
             frozen = not any(p.requires_grad for p in model.parameters())
-            with torch.autocast(hw.device.type, enabled=False) if frozen else hw.autocast():
-                # No attention mask: padding is on the right, where causal attention never looks.
+            with hw.autocast(enabled=not frozen):
+                # No attention mask: padding is on the right, and attention is causal.
                 output = decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)  # (B * T, H)
             states = hidden.index_select(0, batch.positions)  # (N, H), each predicts a label
@@ -956,28 +952,21 @@ class Trunk:
 
 
 def run_trunks(student, teacher, batch, hw, need_p0=False):
-    """Trunks of p, q and p_0: teacher, student, and the teacher with its module switched off."""
-    q = Trunk(student, batch, hw)
-    if teacher is None:  # supervised fine-tuning
-        return None, q, None
-    p = Trunk(teacher, batch, hw, batch.states)
-    if not need_p0:
-        return p, q, p
-    with torch.no_grad(), teacher.disable_adapter():
-        p0 = Trunk(teacher, batch, hw)
-    return p, q, p0
+    """{name: Trunk} of q, the student; p, the teacher; p0, the teacher with its module off."""
+    trunks = {"q": Trunk(student, batch, hw)}
+    if teacher is not None:
+        trunks["p"] = Trunk(teacher, batch, hw, batch.states)
+        if need_p0:
+            with torch.no_grad(), teacher.disable_adapter():
+                trunks["p0"] = Trunk(teacher, batch, hw)
+    return trunks
 
 
 def chunk_log_probs(trunks, chunk):
-    """(log_p, log_q, log_p0) of a few tokens, each (n, V)."""
-    p, q, p0 = trunks
-    log_q = q.log_probs(chunk)
-    if p is None:
-        return None, log_q, None
-    log_p = p.log_probs(chunk)
-    if p0 is p:
-        return log_p, log_q, log_p
-    return log_p, log_q, p0.log_probs(chunk)
+    """(log_p, log_q, log_p0) of a few tokens, each (n, V). A frozen teacher's p_0 is p."""
+    log_probs = {name: trunk.log_probs(chunk) for name, trunk in trunks.items()}
+    log_p = log_probs.get("p")
+    return log_p, log_probs["q"], log_probs.get("p0", log_p)
 
 
 def split_into_chunks(num_tokens, model, hw):
@@ -1029,10 +1018,8 @@ def train_micro_batch(args, student, teacher, batch, hw, scaler, num_tokens, tai
                 loss = loss + loss_t
             scaler.scale(loss / num_tokens).backward()
 
-    p, q, _ = trunks  # p_0 needs no backward
-    q.backward()
-    if p is not None:
-        p.backward()
+    for trunk in trunks.values():
+        trunk.backward()
     return sums
 
 
@@ -1104,8 +1091,8 @@ def rouge_l(prediction, references):
 # The text that a step trains on (--text), one function for each source
 
 REPLAY_CAPACITY = 1000  # rows of DistiLLM's replay buffer, first in, first out
-NUM_ROLLOUTS = 256  # rows that MiniLLM samples at a time,
-ROLLOUT_PASSES = 4  # and its passes over them before new ones are sampled
+NUM_ROLLOUTS = 256  # rows that MiniLLM samples at a time
+ROLLOUT_PASSES = 4  # MiniLLM's passes over them before new ones are sampled
 
 
 def select_rows(args, step, num_steps, train_rows, state, sampler):
@@ -1125,7 +1112,7 @@ def select_rows(args, step, num_steps, train_rows, state, sampler):
 def batch_of(rows, batch_size, seed, step):
     """The rows of batch number `step`: each epoch is a random permutation, a batch a slice of it.
 
-    What is left over at the end of an epoch is dropped, at random.
+    The rows left over at the end of an epoch, other ones each time, are not used in it.
     """
     epoch, index = divmod(step, len(rows) // batch_size)
     order = permutation(len(rows), f"{seed}, epoch {epoch}")
@@ -1143,7 +1130,7 @@ def student_text(gold, step, rng, state, sampler):
     Lin et al. 2020, arXiv:2009.07253; Agarwal et al. 2023, arXiv:2306.13649.
     """
     if rng.random() < state.phi:
-        return sampler.answer(gold, step)
+        return sampler.respond(gold, step)
     return gold
 
 
@@ -1158,7 +1145,7 @@ def adaptive_text(gold, step, num_steps, rng, state, sampler):
     buffer_is_full = len(state.replay) >= REPLAY_CAPACITY
     if buffer_is_full and r >= state.phi * (1 - step / num_steps):
         return rng.sample(state.replay, min(len(gold), len(state.replay)))
-    fresh = sampler.answer(gold, step)
+    fresh = sampler.respond(gold, step)
     state.replay = (state.replay + fresh)[-REPLAY_CAPACITY:]
     return fresh
 
@@ -1199,7 +1186,7 @@ class Sampler:
     stop_ids: list[int]
     hw: "Hardware"
 
-    def answer(self, rows, step, teacher=None):
+    def respond(self, rows, step, teacher=None):
         """The same prompts with sampled responses; with a teacher, sampled from the mixture."""
         start = self.hw.now()
         responses = generate(
@@ -1215,11 +1202,13 @@ class Sampler:
         )
         self.state.sampling_seconds += self.hw.now() - start
         max_length = self.args.max_length
-        return [row.answered(ids, max_length) for row, ids in zip(rows, responses, strict=True)]
+        return [
+            row.with_response(ids, max_length) for row, ids in zip(rows, responses, strict=True)
+        ]
 
     def rollout(self, rows, step):
         """Samples of the mixture, with (advantage, log q, importance weight) of every token."""
-        rows = self.answer(rows, step, teacher=self.teacher)
+        rows = self.respond(rows, step, teacher=self.teacher)
         rows.sort(key=len)  # the order in which micro_batches takes them
         measured = measure(
             self.student,
@@ -1335,13 +1324,11 @@ def room_for_response(prompt_length, positions, max_new_tokens):
 
 def left_pad(prompts, pad_id, device):
     """Lists of ids -> (B, T) ids and attention mask; the new tokens follow on the right."""
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), length), pad_id)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return input_ids.to(device), mask.to(device)
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    masks = [torch.ones_like(row) for row in rows]
+    left = {"batch_first": True, "padding_side": "left"}
+    input_ids = pad_sequence(rows, padding_value=pad_id, **left)
+    return input_ids.to(device), pad_sequence(masks, **left).to(device)
 
 
 def cut_after_end(tokens, stop_ids):
@@ -1383,7 +1370,7 @@ class TeacherMixture(transformers.LogitsProcessor):
         return mix(log_p, log_q, TEACHER_SHARE)
 
 
-@functools.cache
+@functools.cache  # remembers what was printed
 def print_once(text):
     print(text)
 
@@ -1408,7 +1395,7 @@ class Example:
     def __len__(self):
         return len(self.prompt_ids) + len(self.response_ids)
 
-    def answered(self, ids, max_length):
+    def with_response(self, ids, max_length):
         """The same prompt with another response, cut to max_length tokens in all."""
         ids = ids[: max_length - len(self.prompt_ids)]
         return replace(self, response_ids=ids, rollout=None, states=None)
@@ -1438,7 +1425,14 @@ FORMS = {  # the field that decides the form: all that it reads
     "instruction": {"instruction", "input", "output"},
     "prompt": {"prompt", "output"},
 }
-TEXTS = {"instruction", "input", "output", "tools", "system", "history"}  # read or refused
+TEXTS = {
+    "instruction",
+    "input",
+    "output",
+    "tools",
+    "system",
+    "history",
+}  # of the conversation: refused where a form has no place for them
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -1595,7 +1589,8 @@ def encode_chat(tokenizer, messages, tools=None):
 def check_written(messages, conversation):
     """Raises UserError for what the template leaves out of the conversation; it may trim texts.
 
-    Not asked of earlier answers, whose thoughts are dropped on purpose, nor of a tool's JSON.
+    Earlier answers are not checked, since templates drop their thoughts; nor are tools' results,
+    which they rewrite.
     """
     texts = [m["content"] for m in messages if m["role"] in ("system", "user")]
     for name in ("content", "reasoning_content", "thinking", "reasoning"):
@@ -1666,10 +1661,11 @@ def read_rows(source, lines, tokenizer, max_prompt_length, max_length):
         else:
             notes["cut to --max-length"] += len(example) > max_length
             notes["compared by characters (Rouge-L)"] += on_characters(example.references[0])
-            kept.append(example.answered(example.response_ids, max_length))
+            kept.append(example.with_response(example.response_ids, max_length))
     summary = f"{source}: {len(kept)} rows"
-    for what, count in (+notes).items():  # those above 0
-        summary += f"; {count} {what}"
+    for what, count in notes.items():
+        if count > 0:
+            summary += f"; {count} {what}"
     if not kept:
         raise UserError(f"{summary}: needs instruction and output, prompt and response or messages")
     print(summary)
@@ -1938,9 +1934,9 @@ def load_weights(name, config, dtype):
     missing = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     unused = sorted(report["unexpected_keys"])
     if unused:
-        print(f"{name}: {len(unused)} weights have no place in the model, as {unused[:3]}")
+        print(f"{name}: {len(unused)} weights have no place in the model, such as {unused[:3]}")
     if missing:
-        raise UserError(f"{name} lacks {len(missing)} weights of its model, as {missing[:3]}")
+        raise UserError(f"{name} lacks {len(missing)} weights of its model, such as {missing[:3]}")
     return model
 
 
@@ -1965,7 +1961,7 @@ def merge_adapter(model, folder, dtype):
     report = model.load_adapter(folder, "default", torch_device="cpu")
     wrong = report.missing_keys + report.unexpected_keys
     if wrong:
-        raise UserError(f"the adapter {folder} does not fit its base model, as {wrong[:3]}")
+        raise UserError(f"the adapter {folder} does not fit its base model, such as {wrong[:3]}")
     return cast(model.merge_and_unload().requires_grad_(True), dtype)
 
 
@@ -2271,7 +2267,7 @@ def warm_start(args, role, source, data, epochs, lr, hw, use_lora=False):
             with contextlib.suppress(OSError):  # another run was first
                 (temporary / "model").rename(folder)
         (work_dir / "checkpoint.pt").unlink()
-    hw.gather("saved")  # a barrier
+    hw.barrier()
     return str(folder), state.seconds
 
 
@@ -2336,14 +2332,14 @@ def teacher_text(args, state, teacher, data, hw, run_dir):
         if hw.rank == 0:
             text = {"prompts": digest(prompts), "seconds": hw.now() - start, "responses": responses}
             write_file(path, json.dumps(text))
-        hw.gather("written")  # a barrier
+        hw.barrier()
     text = json.loads(path.read_text())
     if text["prompts"] != digest(prompts):
         raise UserError(f"{path} belongs to other rows: begin another run")
     state.seconds += text["seconds"]
     state.sampling_seconds += text["seconds"]
     pairs = zip(data.train, text["responses"], strict=True)
-    return [row.answered(ids, args.max_length) for row, ids in pairs]
+    return [row.with_response(ids, args.max_length) for row, ids in pairs]
 
 
 # -----------------------------------------------------------------------------
@@ -2361,8 +2357,9 @@ class Hardware:
     rank: int = 0
     world: int = 1
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, enabled=True):
+        enabled = enabled and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     def total(self, sums):
         """{name: scalar tensor} of this process -> summed over all, which have the same names."""
@@ -2378,6 +2375,9 @@ class Hardware:
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def barrier(self):
+        self.gather(None)
 
     def now(self):
         """Seconds, once the device has done all its work."""
@@ -2414,7 +2414,7 @@ def pick_hardware(device="auto", precision="auto"):
         torch_device = torch.empty(1, device=name).device  # with an index
         if torch_device.type == "cuda":
             torch.cuda.set_device(torch_device)
-    if torch_device.type == "cuda":  # who asks for fp32 gets no TF32
+    if torch_device.type == "cuda":  # --precision fp32 means no TF32
         torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if precision == "auto":
@@ -2509,7 +2509,7 @@ def explaining(what):
     """Turns any error inside, but running out of memory, into a UserError that begins with what."""
     try:
         yield
-    except Exception as error:  # models, templates, hub and HTTP library raise what they like
+    except Exception as error:  # models, templates and libraries raise errors of any type
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         message = " ".join(f"{type(error).__name__}: {error}".split())
@@ -2546,7 +2546,7 @@ def exit_on_signal(number, frame):
 def distil(args):
     """The whole job. Raises UserError."""
     hw = pick_hardware(args.device, args.precision)
-    if hw.rank > 0:  # one process speaks
+    if hw.rank > 0:  # only the first process prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     if args.shard and hw.world == 1:
         raise UserError("--shard needs several processes: start them with torchrun")
@@ -2562,17 +2562,17 @@ def distil(args):
 def run(args, hw, run_dir):
     """Data, warm starts, distillation and scores, in the run's folder. Raises UserError."""
     try:
-        data, record = begin(args, hw, run_dir)
+        data, record = prepare(args, hw, run_dir)
         wandb_run = None
         if args.track and hw.rank == 0:
             wandb_run = start_wandb(record, run_dir)
         if hw.rank == 0 and not args.resume:
             write_file(run_dir / "args.json", json.dumps(record, indent=2) + "\n")
     except BaseException:
-        if hw.rank == 0 and not args.resume:  # nothing was begun, so the name stays free
+        if hw.rank == 0 and not args.resume:  # no run was begun, so the name stays free
             shutil.rmtree(run_dir)
         raise
-    hw.gather("begun")  # a barrier
+    hw.barrier()
 
     models = warm_starts(args, data, hw, run_dir)
     teacher, student = load_networks(args, models, hw)
@@ -2609,18 +2609,16 @@ def take_folder(args, hw):
     name = args.output_dir
     if name is None:
         models = [pathlib.Path(source).name for source in (args.student, args.teacher)]
-        stamp = time.strftime("%m%d-%H%M%S")
+        stamp = time.strftime("%m%d-%H%M%S") + f"-{secrets.token_hex(2)}"
         name = f"runs/{args.method}-{'-'.join(models)}-s{args.seed}-{stamp}"
-    folder = pathlib.Path(name)
+    folder = pathlib.Path(hw.gather(name)[0])
     if hw.rank == 0:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            if args.output_dir is not None:
-                raise UserError(f"{folder} exists: choose another --output-dir") from None
-            folder = pathlib.Path(f"{name}-{secrets.token_hex(2)}")
-            folder.mkdir()
-    return pathlib.Path(hw.gather(str(folder))[0])
+            raise UserError(f"{folder} exists: choose another --output-dir") from None
+    hw.barrier()
+    return folder
 
 
 @contextlib.contextmanager
@@ -2641,7 +2639,7 @@ def sole_use(folder, hw):
         os.close(handle)
 
 
-def begin(args, hw, run_dir):
+def prepare(args, hw, run_dir):
     """Tokenizer, rows and all checks that need no weights: before hours of training, not after.
 
     Returns (data, the content of args.json). Raises UserError when a model cannot take
@@ -2783,7 +2781,7 @@ def warm_starts(args, data, hw, run_dir):
     }
     if hw.rank == 0:
         write_file(path, json.dumps(models, indent=2) + "\n")
-    hw.gather("written")  # a barrier
+    hw.barrier()
     return models
 
 

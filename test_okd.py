@@ -425,9 +425,9 @@ def test_gradient_at_a_temperature_keeps_its_size(temperature):
     def loss(z):
         return okd.student_loss(LOG_P, z.log_softmax(-1), LABELS, temperature=temperature)
 
-    heated_p = (Z_P / temperature).softmax(-1)
-    heated_q = (Z_Q / temperature).softmax(-1)
-    assert_close(gradient(loss, Z_Q), temperature * (heated_q - heated_p))
+    soft_p = (Z_P / temperature).softmax(-1)
+    soft_q = (Z_Q / temperature).softmax(-1)
+    assert_close(gradient(loss, Z_Q), temperature * (soft_q - soft_p))
 
 
 def test_student_loss_weighs_divergence_and_cross_entropy():
@@ -852,7 +852,7 @@ def test_cached_teacher_runs_for_sampled_text_alone(train, examples, calls_of):
     args = make_args("--method gkd --max-new-tokens 3")
     student, teacher = tiny_pair(args)
     rows = cached(examples, teacher)
-    sampled = calls_of("answer", okd.Sampler)
+    sampled = calls_of("respond", okd.Sampler)
     modes = modes_of(teacher)
     train(args, (student, teacher), num_steps=8, rows=rows)
     assert 8 > len(modes) == len(sampled) > 0
@@ -1066,8 +1066,8 @@ class Writer:
     def __init__(self):
         self.calls = []
 
-    def answer(self, rows, step):
-        return [row.answered([step, EOS], 96) for row in rows]
+    def respond(self, rows, step):
+        return [row.with_response([step, EOS], 96) for row in rows]
 
     def rollout(self, rows, step):
         self.calls.append((step, len(rows)))
@@ -1114,7 +1114,7 @@ def make_sampler(args, monkeypatch, responses, networks=(None, None)):
 def test_student_text_keeps_prompts_and_is_cut(examples, monkeypatch):
     args = make_args("--method imitkd")
     sampler = make_sampler(args, monkeypatch, [list(range(200)), [7, EOS]])
-    rows = sampler.answer(examples[:2], step=0)
+    rows = sampler.respond(examples[:2], step=0)
     assert [row.prompt_ids for row in rows] == [row.prompt_ids for row in examples[:2]]
     assert rows[0].response_ids == list(range(96 - len(examples[0].prompt_ids)))
     assert rows[1].response_ids == [7, EOS]
