@@ -2439,16 +2439,13 @@ def no_check(*_):
 
 def attention_on_cpu(module, query, key, value, attention_mask, **options):
     """In float32 where there is a backward pass, which in bf16 takes 2 to 4 times as long."""
-    dtype = query.dtype
-    if query.requires_grad:
-        query = query.float()
-        key = key.float()
-        value = value.float()
+    if not query.requires_grad:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     with torch.autocast("cpu", enabled=False):
         output, weights = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **options
+            module, query.float(), key.float(), value.float(), attention_mask, **options
         )
-    return output.to(dtype), weights
+    return output.to(value.dtype), weights
 
 
 def fast_precision(device):

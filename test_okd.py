@@ -697,6 +697,7 @@ def small_chunks(monkeypatch):
 ALL_LOSSES = "--student-ce-weight 0.25 --temperature 2 --alpha 0.35 --anchor 0.1 --beta 0.3"
 CASES = [("gpt2", name, CPU) for name in okd.DIVERGENCES]
 CASES += [("llama", "fkl", CPU), ("gemma2", "fkl", CPU), ("gpt2", "fkl", BF16)]
+CASES += [("llama", "fkl", BF16)]
 
 
 @pytest.mark.parametrize(("family", "name", "hw"), CASES)
@@ -794,6 +795,18 @@ def test_evaluation_is_the_mean_of_plain_metrics(examples):
     }
     means = {name: values.mean().item() for name, values in expected.items()}
     assert found == pytest.approx(means, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_masters_in_float32_are_evaluated_in_bf16(family, examples):
+    args = make_args("--method okd")
+    student, teacher = tiny_pair(args, family, dtype=torch.bfloat16)
+    student = student.float()
+    rows = examples[:4]
+    found = okd.measure(student, teacher, rows, BF16, 4096, need_p0=True)
+    expected = okd.measure(student, teacher.float(), rows, CPU, 4096, need_p0=True)
+    assert_close(found["student_ce"], expected["student_ce"], rtol=0.05, atol=0.05)
+    assert_close(found["teacher_ce"], expected["teacher_ce"], rtol=0.05, atol=0.05)
 
 
 def test_score_is_the_mean_rouge_of_answers(examples, tokenizer, monkeypatch):
