@@ -56,7 +56,7 @@ class Args:
     data: tuple[str, ...] = ()
     limit: int | None = None  # score only the first LIMIT rows of each set
     # -- protocol --
-    paper: bool = False  # temperature 1, no 6-gram twice, five decoding seeds (the default)
+    paper: bool = False  # what holds unless another protocol is given: temperature 1, five seeds
     greedy: bool = False  # one deterministic pass, repetition allowed
     temperature: float = 1.0  # sampling temperature
     top_p: float = 1.0  # sample from the smallest set of tokens with this probability mass
@@ -69,7 +69,7 @@ class Args:
     # -- analysis --
     compare: bool = False  # compare methods over training seeds, with intervals and a figure
     baseline: str | None = None  # label or method to compare with; unset: that of the first run
-    teacher: str | None = None  # measure how close each checkpoint is to this fine-tuned model
+    teacher: str | None = None  # compare with this fine-tuned teacher, which models.json names
     show: int = 0  # print the first SHOW answers of all checkpoints
     track: bool = False  # add the scores to the wandb pages of tracked runs
     output_dir: str = "results"  # comparison and figures, and results of hub ids

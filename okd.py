@@ -343,7 +343,8 @@ def eval_metrics(log_p, log_q, log_p0, labels):
 class Args:
     """Online knowledge distillation (Rao et al. 2024, arXiv:2409.12512v2) and its baselines.
 
-    Without --teacher a built-in demo runs, which has its own settings.
+    Without --teacher a built-in demo runs, with settings of its own; the defaults below are those
+    with --teacher.
     """
 
     # -- models and data --
@@ -356,35 +357,35 @@ class Args:
     max_prompt_length: int = 256  # rows with a longer prompt are dropped, and counted
     max_new_tokens: int = 256  # longest response, when sampling and when scoring
     # -- the method: a row of the method table, and flags that override its columns --
-    method: Literal[tuple(METHODS)] = "okd"  # row of the method table
-    divergence: Literal[tuple(DIVERGENCES)] | None = None  # of teacher and student
+    method: Literal[tuple(METHODS)] = "okd"  # the next five flags override its parts
+    divergence: Literal[tuple(DIVERGENCES)] | None = None  # loss between teacher and student
     # what the student trains on: data (gold responses); teacher (its responses, sampled once);
     # student (its own, sampled at each step); adaptive (DistiLLM: gold, sampled or replayed);
     # mixture (MiniLLM: rollouts of teacher and student mixed)
     text: Literal["data", "teacher", "student", "adaptive", "mixture"] | None = None
     teacher_moves: bool | None = None  # whether the teacher's online module is trained
     student_ce_weight: float | None = None  # share of cross-entropy in the student's loss
-    sgo_fraction: float | None = None  # probability that a batch is the student's own text
-    temperature: float = 1.0  # of both networks in the divergences, not in sampling
+    sgo_fraction: float | None = None  # probability of student-generated output (SGO)
+    temperature: float = 1.0  # softmax temperature of both networks in the loss, not in sampling
     beta: float = 0.5  # jsd: the teacher's share of the mixture; towards 0 fkl, towards 1 rkl
     skew: float = 0.1  # sfkl, srkl: share of the one distribution mixed into the other
     ab_alpha: float = 0.2  # ab: exponent of p
     ab_beta: float = 0.7  # ab: exponent of q
     # -- the online module --
-    alpha: float = 0.5  # of the teacher's loss: alpha KL to the student + (1 - alpha) CE
-    anchor: float = 0.0  # weight of KL(p_0 || p_f), which holds the module back; not in the paper
+    alpha: float = 0.5  # teacher's loss: alpha KL to the student + (1 - alpha) CE
+    anchor: float = 0.0  # weight of the KL to the teacher without its module; not in the paper
     teacher_lr_ratio: float = 1.0  # learning rate of the module / of the student
     lora_rank: int = 32  # rank of the module
     lora_scale: float = 1.0  # s in equation 15: peft's lora_alpha / rank
     lora_targets: str = "auto"  # auto (query and value), all-linear, or names: q_proj,v_proj
     lora_top_layers: int = 0  # module on the top layers only, which is cheaper; 0: on all
-    cache_teacher: bool = False  # frozen teachers: keep their hidden states in host memory
+    cache_teacher: bool = False  # run a frozen teacher once, keep its states in host memory
     # -- warm start: both learn the gold text first, once for all runs; batches of 32 --
-    teacher_sft: Literal["lora", "full"] = "lora"  # LoRA merged into the weights, or all weights
+    teacher_sft: Literal["lora", "full"] = "lora"  # train LoRA, which is merged, or all weights
     teacher_sft_epochs: float = 3  # 0 for a teacher that is fine-tuned already
-    teacher_sft_lr: float = 2e-4  # peak learning rate
+    teacher_sft_lr: float = 2e-4  # peak learning rate of that
     student_sft_epochs: float = 3  # 0 for a student that is fine-tuned already
-    student_sft_lr: float = 1e-4  # peak learning rate
+    student_sft_lr: float = 1e-4  # peak learning rate of that
     cache_dir: str = "runs/.cache"  # where the fine-tuned models are kept
     # -- optimization --
     epochs: float = 20  # of distillation
@@ -393,9 +394,9 @@ class Args:
     micro_batch_tokens: int = 4096  # tokens in memory at once, padding included; changes no loss
     sample_batch_size: int = 64  # prompts in memory at once, when sampling and when scoring
     lr: float = 1e-4  # peak learning rate; the paper's: 5e-4, 1e-4, 5e-5 (up to 1B parameters)
-    weight_decay: float = 0.0  # of AdamW, not on biases and norms
+    weight_decay: float = 0.0  # AdamW's weight decay, not on biases and norms
     max_grad_norm: float = 1.0  # gradient clipping, for each network by itself; 0: none
-    gradient_checkpointing: bool = False  # of the student: less memory, more time
+    gradient_checkpointing: bool = False  # recompute the student's activations: less memory
     # -- the run --
     seed: int = 1  # of data order, sampling, dropout and the module's start
     output_dir: str | None = None  # a new folder; unset: runs/METHOD-STUDENT-TEACHER-sSEED-TIME
@@ -411,7 +412,7 @@ class Args:
     log_every: int = 10  # steps between two reports
     eval_every: int = 0  # steps between two evaluations on the dev rows; 0: an epoch
     eval_rows: int = 100  # dev rows evaluated
-    select: Literal["best", "last"] = "best"  # student kept: best dev Rouge-L, or last
+    select: Literal["best", "last"] = "best"  # student to save: best dev Rouge-L, or last
     score_rows: int = 100  # test rows scored with Rouge-L before and after
     track: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_MODE are read
 
