@@ -2524,6 +2524,8 @@ def one_line_errors(program):
         sys.exit(130)
     except Exception as error:
         hint = ""
+        if "by peer" in str(error):  # torchrun: the connection broke, another process says why
+            sys.exit(2)
         if out_of_memory(error):
             hint = "out of memory: lower --micro-batch-tokens or --sample-batch-size: "
         elif not isinstance(error, (UserError, OSError)):
