@@ -2276,6 +2276,15 @@ def ids_of(rows):
     return [[row.prompt_ids, row.response_ids] for row in rows]
 
 
+def identity(teacher, student, rows):
+    """Digests of two models and of rows, the same for copies on another machine."""
+    return {
+        "teacher": digest(fingerprint(teacher, portable=True)),
+        "student": digest(fingerprint(student, portable=True)),
+        "rows": digest(ids_of(rows)),
+    }
+
+
 def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
@@ -2670,9 +2679,7 @@ def prepare(args, hw, run_dir):
         check_memory(data.train + data.dev[: args.eval_rows], skeleton, hw)
 
     began_with = {
-        "teacher": digest(fingerprint(args.teacher, portable=True)),
-        "student": digest(fingerprint(args.student, portable=True)),
-        "rows": digest(ids_of(rows)),
+        **identity(args.teacher, args.student, rows),
         "processes": hw.world,
         "precision": next(name for name in PRECISIONS if PRECISIONS[name] == hw.dtype),
     }
@@ -2739,13 +2746,9 @@ def warm_starts(args, data, hw, run_dir):
     path = run_dir / "models.json"
     if hw.gather(path.exists())[0]:
         models = json.loads(path.read_text())
-        stored = {}
-        found = {}
-        for role in ("teacher", "student"):
-            stored[role] = models["problem"][role]
-            with explaining(f"{run_dir} began with {models[role]}, which is gone"):
-                found[role] = digest(fingerprint(models[role], portable=True))
-        require_same(stored, found, run_dir)
+        with explaining(f"{run_dir}: a fine-tuned model that this run began with is gone"):
+            found = identity(models["teacher"], models["student"], data.train)
+        require_same({name: models["problem"][name] for name in found}, found, run_dir)
         return models
 
     teacher = args.teacher
@@ -2771,9 +2774,7 @@ def warm_starts(args, data, hw, run_dir):
         "student": student,
         "student_seconds": student_seconds,
         "problem": {  # two runs can be compared when these agree
-            "teacher": digest(fingerprint(teacher, portable=True)),
-            "student": digest(fingerprint(student, portable=True)),
-            "data": digest(ids_of(data.train)),
+            **identity(teacher, student, data.train),
             "test": digest(ids_of(data.test)),
             "max_length": args.max_length,
             "max_new_tokens": args.max_new_tokens,

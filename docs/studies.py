@@ -318,7 +318,7 @@ def report_2():
         axis.axvline(0, color="grey")
         axis.set(xlabel="change in the teacher's dev CE, nats (left: the module made it better)")
         axis.set(ylabel=f"gain over fkl in {metric} (up: okd is better)")
-    figure.legend(loc="outside lower center", ncols=5)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=7)
     figure.savefig(DOCS / "when-it-helps.png", dpi=120)
     lines.append("")
     for metric, values in gains.items():
