@@ -2666,17 +2666,18 @@ def prepare(args, hw, run_dir):
             raise UserError(f"{hw.world} processes cannot share batches of {size} rows")
     if args.text == "adaptive" and not data.dev:
         raise UserError("--text adaptive needs dev rows: phi depends on the evaluations")
+    skeletons = {}
     for role, name in (("teacher", args.teacher), ("student", args.student)):
         check_fits(name, role, rows, tokenizer, args.max_length)
         with explaining(f"the {role} {name} is no decoder that okd can use"):
-            blocks_of(empty_model(name, role))
-    skeleton = empty_model(args.teacher, "teacher")
+            skeletons[role] = empty_model(name, role)
+            blocks_of(skeletons[role])
     if args.teacher_sft == "lora" and args.teacher_sft_epochs > 0:
-        lora_modules(skeleton, "auto", 0)
+        lora_modules(skeletons["teacher"], "auto", 0)
     if args.teacher_moves:
-        lora_modules(skeleton, args.lora_targets, args.lora_top_layers)
+        lora_modules(skeletons["teacher"], args.lora_targets, args.lora_top_layers)
     if args.cache_teacher:
-        check_memory(data.train + data.dev[: args.eval_rows], skeleton, hw)
+        check_memory(data.train + data.dev[: args.eval_rows], skeletons["teacher"], hw)
 
     began_with = {
         **identity(args.teacher, args.student, rows),
