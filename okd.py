@@ -39,7 +39,6 @@ import re
 import resource
 import secrets
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -64,6 +63,7 @@ import transformers
 import tyro
 from rouge_score.rouge_scorer import RougeScorer
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -178,33 +178,23 @@ def taid(log_p, log_q, t):
     return -(target * log_q).sum(-1)
 
 
-class TaidSchedule(torch.nn.Module):
-    """t of TAID (algorithm 1): rises at least linearly, and faster while the loss falls.
+TAID_START = (0.4, 0.0, math.inf)
 
-    Buffers, not floats: they stay on the device, and state_dict saves them.
+
+def taid_schedule(taid, loss, progress, end=1.0, delta=5e-4, momentum=0.99):
+    """(t, trend of the loss, last loss) after a step of TAID's algorithm 1, from TAID_START.
+
+    t rises at least linearly, and faster while the loss falls. A tensor, so that it stays on the
+    device.
     """
-
-    start = 0.4
-    end = 1.0
-    delta = 5e-4
-    momentum = 0.99
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("t", torch.tensor(self.start))
-        self.register_buffer("trend", torch.tensor(0.0))
-        self.register_buffer("last_loss", torch.tensor(math.inf))
-
-    @torch.no_grad()
-    def step(self, loss, progress):
-        loss = torch.where(loss.isfinite(), loss, self.last_loss)  # else the step was skipped
-        change = (self.last_loss - loss) / (self.last_loss + 1e-15)
-        change = change.nan_to_num(0.0)  # inf / inf in the first step: no change yet
-        self.trend = self.momentum * self.trend + (1 - self.momentum) * change
-        faster = self.t + self.delta * self.trend.sigmoid() * (1 - self.t)
-        linear = self.start + (self.end - self.start) * progress
-        self.t = faster.clamp(min=linear, max=self.end)
-        self.last_loss = loss
+    t, trend, last_loss = taid
+    loss = torch.where(loss.isfinite(), loss, last_loss)  # else the step was skipped
+    change = (last_loss - loss) / (last_loss + 1e-15)
+    change = change.nan_to_num(0.0)  # inf / inf in the first step: no change yet
+    trend = momentum * trend + (1 - momentum) * change
+    faster = t + delta * trend.sigmoid() * (1 - t)
+    linear = TAID_START[0] + (end - TAID_START[0]) * progress
+    return torch.stack([faster.clamp(min=linear, max=end), trend, loss])
 
 
 DIVERGENCES = {f.__name__: f for f in (fkl, rkl, frkl, jsd, tvd, sfkl, srkl, akl, ab, taid)}
@@ -431,6 +421,7 @@ DEMO = Args(
     epochs=40,
     lr=2e-3,
     precision="fp32",
+    log_every=50,
     eval_every=100,
     score_rows=400,
 )
@@ -546,20 +537,9 @@ def run_label(args):
 
 
 @dataclass
-class TextState:
-    """What selects the text of a step and changes from step to step."""
-
-    phi: float = 0.0  # probability that a step trains on student text
-    reference_loss: float | None = None  # DistiLLM: the dev loss when phi was last raised
-    replay: list = field(default_factory=list)  # Examples
-    rollouts: list = field(default_factory=list)  # Examples
-
-
-@dataclass
 class TrainState:
-    """All that changes in a run besides tensors."""
+    """All that changes in a run besides weights and optimizers."""
 
-    text: TextState
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of training: neither evaluations nor checkpoints count
@@ -567,7 +547,12 @@ class TrainState:
     log_bytes: int = 0  # size of metrics.jsonl at the checkpoint: a resumed run cuts it there
     first_eval: dict | None = None
     best_eval: dict | None = None
-    last_eval: dict | None = None
+    taid: tuple | torch.Tensor = TAID_START
+    # What selects the text of a step:
+    phi: float = 0.0  # probability that a step trains on student text
+    reference_loss: float | None = None  # DistiLLM: the dev loss when phi was last raised
+    replay: list = field(default_factory=list)  # Examples
+    rollouts: list = field(default_factory=list)  # Examples
 
 
 def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wandb_run=None):
@@ -593,25 +578,23 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             student.activation_checkpointing_enable({"use_reentrant": False})
     optimizers = {name: make_optimizer(net, args.weight_decay) for name, net in networks.items()}
     scaler = make_scaler(hw)
-    taid_schedule = TaidSchedule().to(hw.device)
     # Without a divergence the teacher need not run.
     loss_teacher = teacher if args.student_ce_weight < 1 or args.teacher_moves else None
 
     run_dir.mkdir(parents=True, exist_ok=True)
     best_weights = None
-    stateful = {**optimizers, "scaler": scaler, "taid": taid_schedule}
+    stateful = {**optimizers, "scaler": scaler}
     if (run_dir / "checkpoint.pt").exists():
         state, best_weights = load_checkpoint(run_dir, networks, stateful)
         print(f"{run_dir}: resumed after step {state.step}")
+    state.taid = torch.as_tensor(state.taid, device=hw.device)
     log_path = run_dir / "metrics.jsonl"
     tracked_step = cut_log(log_path, state.log_bytes, hw)
-    reporter = Reporter(log_path, phase, state.step, num_steps, hw, wandb_run, tracked_step)
+    reporter = Reporter(log_path, phase, state, num_steps, hw, wandb_run, tracked_step)
     sampler = Sampler(args, state, student, teacher, data.stop_ids, hw)
-    reported_tokens = state.tokens
-    reported_seconds = state.seconds
 
     signals = StopSignals()
-    next_save = time.monotonic() + 60 * args.save_minutes
+    last_save = time.monotonic()
     clock = hw.now()
     for step in range(state.step, num_steps + 1):
         # Evaluate: before the first step, every eval_every steps, after the last one.
@@ -620,23 +603,24 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             metrics = evaluate(args, student, teacher, dev_rows, data, hw)
             if step == 0:
                 require_finite(metrics, ["student_ce", "teacher_ce"], phase)
-            reporter.report(step, "dev", metrics)
+            reporter.report("dev", metrics)
             record = {"step": step, **metrics}
             state.first_eval = state.first_eval or record
-            state.last_eval = record
-            if args.select == "last" or is_best(record, state.best_eval):
+            best = state.best_eval
+            if args.select == "last" or best is None or metrics["rouge_l"] >= best["rouge_l"]:
                 state.best_eval = record
                 if args.select == "best":
-                    best_weights = copy_to_cpu(trainable_weights(networks))
+                    weights = trainable_weights(networks)
+                    best_weights = {name: w.to("cpu", copy=True) for name, w in weights.items()}
             if args.text == "adaptive":
-                raise_phi(state.text, metrics["student_ce"])
+                raise_phi(state, metrics["student_ce"])
             clock = hw.now()
         if step == num_steps:
             break
 
         # Text. Data order, sampling and dropout depend on seed and step alone: a resume is exact.
         torch.manual_seed(hash((args.seed, step, hw.rank)))
-        rows = select_rows(args, step, num_steps, data.train, state.text, sampler)
+        rows = select_rows(args, step, num_steps, data.train, state, sampler)
         num_tokens = sum(len(row.response_ids) for row in rows)
 
         # Losses and gradients of both networks, from one forward pass of each.
@@ -646,7 +630,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         student.train(args.text != "mixture")
         for batch in micro_batches(rows, args.micro_batch_tokens, hw):
             losses = train_micro_batch(
-                args, student, loss_teacher, batch, hw, scaler, num_tokens, taid_schedule.t
+                args, student, loss_teacher, batch, hw, scaler, num_tokens, state.taid[0]
             )
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -661,18 +645,18 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             metrics[f"{name}_grad_norm"] = grad_norm
         scaler.update(None if hw.dtype == torch.float16 else 1.0)
         if args.divergence == "taid":
-            taid_schedule.step(metrics["student_loss"], step / max(1, num_steps - 1))
-            metrics["taid_t"] = taid_schedule.t
+            progress = step / max(1, num_steps - 1)
+            state.taid = taid_schedule(state.taid, metrics["student_loss"], progress)
+            metrics["taid_t"] = state.taid[0]
         state.tokens += sum(len(row) for row in rows)
         state.step = step + 1
 
         # All processes stop after the same step, and save when the first one's clock says so.
-        save_due = args.save_minutes > 0 and time.monotonic() >= next_save
-        numbers, saves_due = zip(*hw.gather((signals.number, save_due)), strict=True)
-        stop_signal = max(numbers)
+        save_due = hw.rank == 0 and 0 < args.save_minutes < (time.monotonic() - last_save) / 60
+        stop_signal, save_due = max(hw.gather((signals.number, save_due)))
         is_last = state.step == num_steps
         reporting = is_last or state.step % args.log_every == 0
-        saving = is_last or stop_signal or saves_due[0]
+        saving = is_last or stop_signal or save_due
         if reporting or saving:
             now = hw.now()
             state.seconds += now - clock
@@ -683,15 +667,12 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             if state.step <= args.log_every:
                 require_finite(metrics, ["student_loss", "teacher_loss"], phase)
             metrics["lr"] = lr
-            metrics["phi"] = state.text.phi
+            metrics["phi"] = state.phi
             metrics["loss_scale"] = scaler.get_scale()  # fp16: halved by every skipped step
             metrics["sampling_s"] = state.sampling_seconds
-            metrics[hw.peak_name()] = hw.peak_gb()
-            new_seconds = max(state.seconds - reported_seconds, 1e-9)
-            metrics["tokens_per_s"] = (state.tokens - reported_tokens) / new_seconds
-            reporter.report(state.step, "train", metrics)
-            reported_tokens = state.tokens
-            reported_seconds = state.seconds
+            metrics.update(hw.peak_memory())
+            metrics["tokens_per_s"] = state.tokens / state.seconds  # of the run so far
+            reporter.report("train", metrics)
 
         # Save.
         if saving:
@@ -699,7 +680,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
                 state.log_bytes = log_path.stat().st_size
                 save_checkpoint(run_dir, networks, stateful, state, best_weights)
             hw.barrier()
-            next_save = time.monotonic() + 60 * args.save_minutes
+            last_save = time.monotonic()
             clock = hw.now()
         if stop_signal:
             break
@@ -717,21 +698,16 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
 class StopSignals:
     """Records a SIGTERM or SIGINT; the loop then finishes its step, saves a checkpoint and exits.
 
-    A second signal ends the process at once, but only when it comes more than 5 seconds later:
-    torchrun sends its workers a signal of its own beside the one that reaches the whole job.
+    Later ones change nothing: torchrun sends its workers one of its own beside the one that reaches
+    the whole job. Who cannot wait uses SIGKILL, and loses what came after the last checkpoint.
     """
 
     def __init__(self):
         self.number = 0
-        self.time = 0.0
         self.handlers = {n: signal.signal(n, self.record) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def record(self, number, frame):
-        if self.number == 0:
-            self.number = number
-            self.time = time.monotonic()
-        elif time.monotonic() > self.time + 5:
-            os._exit(128 + number)
+        self.number = self.number or number
 
     def restore(self):
         for number, handler in self.handlers.items():
@@ -756,9 +732,8 @@ def make_scaler(hw):
     With a fused optimizer it decides on the device: no tensor is read back. Only fp16 needs the
     scale itself; elsewhere it is kept at 1.
     """
-    if hw.dtype == torch.float16:
-        return torch.amp.GradScaler(hw.device.type)
-    return torch.amp.GradScaler(hw.device.type, init_scale=1.0)
+    scale = 2.0**16 if hw.dtype == torch.float16 else 1.0
+    return torch.amp.GradScaler(hw.device.type, init_scale=scale)
 
 
 def optimizer_step(optimizer, scaler, lr, max_grad_norm, hw):
@@ -782,10 +757,10 @@ def sum_gradients(params):
     for p in params:
         if p.grad is None:  # unused in this process, but perhaps not in the others
             p.grad = torch.zeros_like(p)
-    total = torch.cat([p.grad.flatten() for p in params])
+    gradients = [p.grad for p in params]
+    total = parameters_to_vector(gradients)
     dist.all_reduce(total)
-    for p, grad in zip(params, total.split([p.numel() for p in params]), strict=True):
-        p.grad.copy_(grad.view_as(p))
+    vector_to_parameters(total, gradients)
 
 
 def learning_rate(step, num_steps, peak, warmup=0.03):
@@ -805,16 +780,16 @@ class Reporter:
 
     log_path: pathlib.Path
     phase: str
-    first_step: int
+    state: TrainState
     num_steps: int
     hw: "Hardware"
     wandb_run: object
     tracked_step: int
-    start: float = field(default_factory=time.monotonic)
 
-    def report(self, step, kind, metrics):
+    def report(self, kind, metrics):
         if self.hw.rank > 0:
             return
+        step = self.state.step
         record = {"phase": self.phase, "step": step}
         for name, value in metrics.items():
             record[f"{kind}/{name}"] = float(value)  # here we wait for the device
@@ -822,28 +797,16 @@ class Reporter:
             file.write(json.dumps(record) + "\n")
         if self.wandb_run is not None and step > self.tracked_step:
             self.wandb_run.log(record, step=step)
+
+        where = f"{self.phase} step {step} of {self.num_steps}"
         if kind == "dev":
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            print_line(f"{self.phase} step {step}, dev: {shown}")
-            return
-        seconds = (time.monotonic() - self.start) / (step - self.first_step)
-        minutes_left = seconds * (self.num_steps - step) / 60
-        loss = record["train/student_loss"]
-        speed = record["train/tokens_per_s"]
-        line = (
-            f"{self.phase} step {step} of {self.num_steps}: loss {loss:.4f}, {speed:.0f} tokens/s"
-        )
-        print_line(f"{line}, {minutes_left:.1f} minutes left", passing=step < self.num_steps)
-
-
-def print_line(text, passing=False):
-    """On a terminal the next line overwrites a passing one; in a file every line stays."""
-    end = "\r" if passing and sys.stdout.isatty() else "\n"
-    print(text.ljust(79), end=end, flush=True)
-
-
-def is_best(record, best):
-    return best is None or record["rouge_l"] >= best["rouge_l"]
+            print(f"{where}, dev: {shown}", flush=True)
+        else:
+            minutes_left = self.state.seconds / step * (self.num_steps - step) / 60
+            loss = f"loss {metrics['student_loss']:.4f}"
+            speed = f"{metrics['tokens_per_s']:.0f} tokens/s"
+            print(f"{where}: {loss}, {speed}, {minutes_left:.1f} minutes left", flush=True)
 
 
 def require_finite(metrics, names, phase):
@@ -859,10 +822,6 @@ def require_finite(metrics, names, phase):
 
 def trainable_weights(networks):
     return {name: p.data for name, p in networks.named_parameters() if p.requires_grad}
-
-
-def copy_to_cpu(weights):
-    return {name: value.to("cpu", copy=True) for name, value in weights.items()}
 
 
 def save_checkpoint(run_dir, networks, stateful, state, best_weights):
@@ -881,7 +840,7 @@ def save_checkpoint(run_dir, networks, stateful, state, best_weights):
 def load_checkpoint(run_dir, networks, stateful):
     """-> (state, best weights). Raises UserError when the checkpoint is damaged."""
     path = run_dir / "checkpoint.pt"
-    classes = torch.serialization.safe_globals([TrainState, TextState, Example])
+    classes = torch.serialization.safe_globals([TrainState, Example])
     with explaining(f"{path} is damaged, so this run cannot be resumed"), classes:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         networks.load_state_dict(checkpoint["weights"], strict=False)
@@ -1107,7 +1066,7 @@ def select_rows(args, step, num_steps, train_rows, state, sampler):
         return student_text(gold, step, rng, state, sampler)
     if args.text == "adaptive":
         return adaptive_text(gold, step, num_steps, rng, state, sampler)
-    return gold  # with --text teacher, `main` has replaced the responses by the teacher's
+    return gold  # with --text teacher, these are the teacher's responses already
 
 
 def batch_of(rows, batch_size, seed, step):
@@ -1123,6 +1082,25 @@ def batch_of(rows, batch_size, seed, step):
 @functools.lru_cache(maxsize=2)
 def permutation(size, seed):
     return random.Random(seed).sample(range(size), size)
+
+
+def teacher_text(args, state, teacher, data, hw, run_dir):
+    """The rows with the teacher's responses for the gold ones (SeqKD), sampled once in a run.
+
+    Kim & Rush 2016, arXiv:1606.07947, who search with a beam; here they are sampled.
+    """
+    path = run_dir / "teacher_text.json"
+    if not hw.gather(path.exists())[0]:
+        rows = Sampler(args, state, teacher, None, data.stop_ids, hw).respond(data.train, step=0)
+        responses = [row.response_ids for row in rows]
+        if hw.rank == 0:
+            text = {"seconds": state.sampling_seconds, "responses": responses}
+            write_file(path, json.dumps(text))
+        hw.barrier()
+    text = json.loads(path.read_text())
+    state.seconds = state.sampling_seconds = text["seconds"]
+    pairs = zip(data.train, text["responses"], strict=True)
+    return [replace(row, response_ids=ids) for row, ids in pairs]
 
 
 def student_text(gold, step, rng, state, sampler):
@@ -1178,11 +1156,11 @@ def minillm_text(args, step, batch_size, train_rows, state, sampler):
 
 @dataclass
 class Sampler:
-    """Samples responses to the prompts of rows: the student's, or rollouts for MiniLLM."""
+    """Samples a model's responses to the prompts of rows, or rollouts for MiniLLM."""
 
     args: Args
     state: TrainState
-    student: torch.nn.Module
+    model: torch.nn.Module
     teacher: torch.nn.Module
     stop_ids: list[int]
     hw: "Hardware"
@@ -1191,7 +1169,7 @@ class Sampler:
         """The same prompts with sampled responses; with a teacher, sampled from the mixture."""
         start = self.hw.now()
         responses = generate(
-            self.student,
+            self.model,
             [row.prompt_ids for row in rows],
             self.stop_ids,
             self.hw,
@@ -1212,7 +1190,7 @@ class Sampler:
         rows = self.respond(rows, step, teacher=self.teacher)
         rows.sort(key=len)  # the order in which micro_batches takes them
         measured = measure(
-            self.student,
+            self.model,
             self.teacher,
             rows,
             self.hw,
@@ -1869,21 +1847,33 @@ def cache_states(teacher, rows, hw):
 
     They are computed once, in an order and in micro-batches that depend on the rows alone, so that
     a resumed run computes the same bits, and kept in host memory: one tensor, a view per row. Under
-    torchrun every process holds all of them.
+    torchrun every process holds all of them. Raises UserError when they do not fit.
     """
     rows = sorted(rows, key=len)
     lengths = [len(row.response_ids) for row in rows]
-    states = None
+    shape = (sum(lengths), teacher.config.get_text_config().hidden_size)
+    needed = math.prod(shape) * hw.dtype.itemsize * hw.world / 1e9
+    free = free_memory() / 1e9
+    print(f"--cache-teacher needs {needed:.2f} GB of host memory, of {free:.1f} GB that are free")
+    if needed > free:
+        raise UserError(f"--cache-teacher needs {needed:.2f} GB, but only {free:.2f} GB are free")
+    states = torch.empty(shape, dtype=hw.dtype, pin_memory=hw.device.type == "cuda")
     start = 0
     for batch in micro_batches(rows, 4096, hw, share=False):
-        part = Trunk(teacher, batch, hw).hidden
-        if states is None:
-            size = (sum(lengths), part.size(1))
-            states = torch.empty(size, dtype=hw.dtype, pin_memory=hw.device.type == "cuda")
-        states[start : start + len(part)] = part
-        start += len(part)
+        end = start + len(batch.labels)
+        states[start:end] = Trunk(teacher, batch, hw).hidden
+        start = end
     for row, view in zip(rows, states.split(lengths), strict=True):
         row.states = view
+
+
+def free_memory():
+    """Bytes that this process may still take: of the machine, or of its container."""
+    free = psutil.virtual_memory().available
+    limit = pathlib.Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - psutil.Process().memory_info().rss)
+    return free
 
 
 # -----------------------------------------------------------------------------
@@ -1915,8 +1905,6 @@ def load_model(name, role, dtype):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
             model = load_weights(name, config, dtype)
-    if role == "student" and not any(weight.requires_grad for weight in model.parameters()):
-        raise UserError(f"no weight of the student {name} can be trained")
     model.own_generation_config = model.generation_config  # written by save_model
     model.generation_config = transformers.GenerationConfig()
     return model.eval()
@@ -2022,19 +2010,16 @@ def demo_config(role):
     )
 
 
-def check_fits(name, role, rows, tokenizer, max_length):
-    """Raises UserError where rows do not fit a model. Reads its config, not its weights."""
-    with explaining(f"cannot load the {role} {name}: {WHERE_MODELS_ARE}"):
-        config = load_config(name, role).get_text_config(decoder=True)
-        num_tokens = config.vocab_size
-    if max_length > max_positions(config):
-        raise UserError(f"--max-length {max_length} is beyond the last position of {role} {name}")
+def check_fits(model, role, rows, tokenizer, max_length):
+    """Raises UserError where rows do not fit a model, which needs no weights for this."""
+    if max_length > max_positions(model.config):
+        raise UserError(f"--max-length {max_length} is beyond the last position of the {role}")
     largest = max(max(row.prompt_ids + row.response_ids) for row in rows)
-    if largest >= num_tokens:
+    if largest >= vocab_size(model):
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
-            f"token {token!r} of the data has number {largest}, but the {role} {name} knows only "
-            f"{num_tokens}: resize its embeddings, or use the tokenizer that it came with"
+            f"token {token!r} of the data has number {largest}, but the {role} knows only "
+            f"{vocab_size(model)}: resize its embeddings, or use the tokenizer that it came with"
         )
 
 
@@ -2138,41 +2123,35 @@ def lora_modules(model, targets, top_layers):
     blocks = blocks_of(model)
     if top_layers > len(blocks):
         raise UserError(f"--lora-top-layers {top_layers}: the model has only {len(blocks)} layers")
-    linear = {}
-    for path, module in model.named_modules():
-        is_linear = isinstance(module, (torch.nn.Linear, transformers.Conv1D))
-        if is_linear and not re.search(NO_LORA, path):
-            linear[module] = path
-    found = []
+    paths = {module: path for path, module in model.named_modules()}
     chosen = []
+    known = set()
     for block in blocks[-top_layers:]:
-        paths = [linear[module] for module in block.modules() if module in linear]
-        found += paths
-        chosen += targets_of(paths, targets)
-    unknown = {*targets.split(",")} - {"auto", "all-linear"} - last_names(found)
+        names = {}  # of the linear modules: path -> its last part
+        for module in block.modules():
+            path = paths[module]
+            is_linear = isinstance(module, (torch.nn.Linear, transformers.Conv1D))
+            if is_linear and not re.search(NO_LORA, path):
+                names[path] = path.split(".")[-1]
+        chosen += targets_of(names, targets)
+        known.update(names.values())
+    unknown = {*targets.split(",")} - {"auto", "all-linear"} - known
     if unknown or not chosen:
-        raise UserError(f"--lora-targets {targets}: name some of {sorted(last_names(found))}")
+        raise UserError(f"--lora-targets {targets}: name some of {sorted(known)}")
     return chosen
 
 
-def targets_of(paths, targets):
-    """Those of one block's linear modules that --lora-targets means."""
+def targets_of(names, targets):
+    """The paths of one block's linear modules that --lora-targets means."""
     if targets == "all-linear":
-        return paths
-    if targets != "auto":
-        return named(paths, targets.split(","))
-    for names in AUTO_TARGETS:
-        if last_names(paths).issuperset(names.split()):
-            return named(paths, names.split())
-    return [path for path in paths if re.search("attn|attention", path)]
-
-
-def named(paths, names):
-    return [path for path in paths if path.split(".")[-1] in names]
-
-
-def last_names(paths):
-    return {path.split(".")[-1] for path in paths}
+        return list(names)
+    wanted = targets.split(",")
+    if targets == "auto":
+        fitting = [group for group in AUTO_TARGETS if {*group.split()} <= {*names.values()}]
+        if not fitting:
+            return [path for path in names if re.search("attn|attention", path)]
+        wanted = fitting[0].split()
+    return [path for path, name in names.items() if name in wanted]
 
 
 def add_lora(model, rank, scale, targets="auto", top_layers=0, seed=0):
@@ -2193,9 +2172,11 @@ def add_lora(model, rank, scale, targets="auto", top_layers=0, seed=0):
 
 
 def empty_model(name, role):
-    """The modules of a model without its weights, from its config."""
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(load_config(name, role))
+    """A model without its weights. Raises UserError where it is no decoder that okd can use."""
+    with explaining(f"cannot use the {role} {name}: {WHERE_MODELS_ARE}"), torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(load_config(name, role))
+        blocks_of(model)
+        return model
 
 
 def checkpoint_dtype(name):
@@ -2210,7 +2191,7 @@ def checkpoint_dtype(name):
 WARM_START_BATCH = 32  # its recipe is fixed but for epochs and learning rate
 
 
-def warm_start(args, role, source, data, epochs, lr, hw, use_lora=False):
+def warm_start(args, role, source, data, epochs, lr, hw):
     """Fine-tune the model at `source` on gold text. Returns (folder it is kept in, seconds).
 
     What is kept depends on model, rows, epochs, learning rate and precision. The rest of the recipe
@@ -2219,6 +2200,8 @@ def warm_start(args, role, source, data, epochs, lr, hw, use_lora=False):
     """
     if epochs == 0:
         return source, 0.0
+    # The demo's teacher begins with random weights, which LoRA could not mend.
+    use_lora = role == "teacher" and args.teacher_sft == "lora" and source != "demo"
     recipe = [role, fingerprint(source), epochs, lr, str(hw.dtype), hw.device.type, use_lora]
     recipe += [ids_of(data.train), torch.__version__, transformers.__version__]
     cache = pathlib.Path(args.cache_dir)
@@ -2248,9 +2231,8 @@ def warm_start(args, role, source, data, epochs, lr, hw, use_lora=False):
         model = load_model(source, role, torch.float32)
     model = model.to(hw.device)
     work_dir = pathlib.Path(args.output_dir) / folder.name
-    state = TrainState(text=TextState())
     data = replace(data, dev=[])
-    state = train(sft_args, state, model, None, data, hw, work_dir, phase=f"{role}_sft")
+    state = train(sft_args, TrainState(), model, None, data, hw, work_dir, phase=f"{role}_sft")
 
     if hw.rank == 0:
         # In a temporary folder of the cache: a rename is atomic, and the first to finish wins.
@@ -2279,8 +2261,8 @@ def ids_of(rows):
 def identity(teacher, student, rows):
     """Digests of two models and of rows, the same for copies on another machine."""
     return {
-        "teacher": digest(fingerprint(teacher, portable=True)),
-        "student": digest(fingerprint(student, portable=True)),
+        "teacher": digest(fingerprint(teacher)),
+        "student": digest(fingerprint(student)),
         "rows": digest(ids_of(rows)),
     }
 
@@ -2289,12 +2271,8 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def fingerprint(source, portable=False):
-    """What identifies a model: its files, or a hub id with its commit.
-
-    A local file is known by name, size and modification time; with portable=True by name, size and
-    a hash of its first megabyte, which are the same for a copy on another machine.
-    """
+def fingerprint(source):
+    """What identifies a model: the contents of its files, or a hub id with its commit."""
     folder = pathlib.Path(source)
     if source == "demo":
         return [source]
@@ -2305,51 +2283,18 @@ def fingerprint(source, portable=False):
         file = transformers.utils.hub.cached_file(source, name)
         stamps = [source, transformers.utils.hub.extract_commit_hash(file, None)]
     for path in sorted(folder.glob("*")):
-        if path.is_dir() or path.name in ("results.json", "README.md", "warm_start.json"):
-            continue
-        stamp = path.stat().st_mtime_ns
-        if portable:
-            with open(path, "rb") as file:
-                stamp = hashlib.sha256(file.read(2**20)).hexdigest()
-        stamps.append([path.name, path.stat().st_size, stamp])
+        if path.is_file() and path.name not in ("results.json", "README.md", "warm_start.json"):
+            stamps.append([path.name, file_digest(path, path.stat().st_mtime_ns)])
     if base:
-        stamps += fingerprint(base, portable)
+        stamps += fingerprint(base)
     return stamps
 
 
-def teacher_text(args, state, teacher, data, hw, run_dir):
-    """The rows with the teacher's responses for the gold ones (SeqKD), sampled once in a run.
-
-    Kim & Rush 2016, arXiv:1606.07947, who search with a beam; here they are sampled. Raises
-    UserError when a resumed run finds the responses to other rows.
-    """
-    path = run_dir / "teacher_text.json"
-    prompts = [row.prompt_ids for row in data.train]
-    if not hw.gather(path.exists())[0]:
-        if (run_dir / "checkpoint.pt").exists():
-            raise UserError(f"{path}, which this run trains on, is missing: begin another run")
-        start = hw.now()
-        responses = generate(
-            teacher,
-            prompts,
-            data.stop_ids,
-            hw,
-            args.max_new_tokens,
-            args.sample_batch_size,
-            do_sample=True,
-            seed=args.seed,
-        )
-        if hw.rank == 0:
-            text = {"prompts": digest(prompts), "seconds": hw.now() - start, "responses": responses}
-            write_file(path, json.dumps(text))
-        hw.barrier()
-    text = json.loads(path.read_text())
-    if text["prompts"] != digest(prompts):
-        raise UserError(f"{path} belongs to other rows: begin another run")
-    state.seconds += text["seconds"]
-    state.sampling_seconds += text["seconds"]
-    pairs = zip(data.train, text["responses"], strict=True)
-    return [row.with_response(ids, args.max_length) for row, ids in pairs]
+@functools.cache
+def file_digest(path, time_changed):
+    """Read once in a process, unless the file has changed since."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -----------------------------------------------------------------------------
@@ -2395,15 +2340,13 @@ class Hardware:
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def peak_name(self):
-        return "peak_memory_gb" if self.device.type == "cuda" else "process_peak_gb"
-
-    def peak_gb(self):
-        """Of the allocator since distillation began on CUDA, elsewhere of the whole process."""
+    def peak_memory(self):
+        """{metric: GB}: the allocator's since distillation began on CUDA, else the process's."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e9
+            return {"peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9}
         unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"process_peak_gb": peak / 1e9}
 
 
 def pick_hardware(device="auto", precision="auto"):
@@ -2411,14 +2354,8 @@ def pick_hardware(device="auto", precision="auto"):
     world = int(os.environ.get("WORLD_SIZE", 1))
     name = device
     if device == "auto":
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
-    if world > 1 and name.startswith("cuda:"):
-        raise UserError(f"--device {name}: under torchrun every process has a GPU of its own")
-    if world > 1 and name == "cuda":
+        name = getattr(torch.accelerator.current_accelerator(True), "type", "cpu")
+    if world > 1 and name.startswith("cuda"):  # a GPU for each process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with explaining(f"--device {device} cannot be used here"):
         torch_device = torch.empty(1, device=name).device  # with an index
@@ -2562,30 +2499,15 @@ def distil(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out)")
-    run_dir = take_folder(args, hw)
-    args.output_dir = str(run_dir)
-    with sole_use(run_dir, hw):
-        run(args, hw, run_dir)
-
-
-def run(args, hw, run_dir):
-    """Data, warm starts, distillation and scores, in the run's folder. Raises UserError."""
-    try:
-        data, record = prepare(args, hw, run_dir)
-        wandb_run = None
-        if args.track and hw.rank == 0:
-            wandb_run = start_wandb(record, run_dir)
-        if hw.rank == 0 and not args.resume:
-            write_file(run_dir / "args.json", json.dumps(record, indent=2) + "\n")
-    except BaseException:
-        if hw.rank == 0 and not args.resume:  # no run was begun, so the name stays free
-            shutil.rmtree(run_dir)
-        raise
-    hw.barrier()
+    data, record = prepare(args, hw)
+    run_dir = open_folder(args, record, data, hw)
+    wandb_run = None
+    if args.track and hw.rank == 0:
+        wandb_run = start_wandb(record, run_dir)
 
     models = warm_starts(args, data, hw, run_dir)
     teacher, student = load_networks(args, models, hw)
-    state = TrainState(text=TextState(phi=args.sgo_fraction))
+    state = TrainState(phi=args.sgo_fraction)
     test_rows = data.test[: args.score_rows]
     rouge_l = {}
     if test_rows:
@@ -2609,46 +2531,7 @@ def run(args, hw, run_dir):
         finish(args, record, models, final, student, teacher, data, run_dir, wandb_run)
 
 
-def take_folder(args, hw):
-    """The run's own folder, new: made by the first process, so that two runs never share one."""
-    if args.resume:
-        if (pathlib.Path(args.resume) / "student").exists():
-            raise UserError(f"--resume {args.resume}: this run has ended")
-        return pathlib.Path(args.resume)
-    name = args.output_dir
-    if name is None:
-        models = [pathlib.Path(source).name for source in (args.student, args.teacher)]
-        stamp = time.strftime("%m%d-%H%M%S") + f"-{secrets.token_hex(2)}"
-        name = f"runs/{args.method}-{'-'.join(models)}-s{args.seed}-{stamp}"
-    folder = pathlib.Path(hw.gather(name)[0])
-    if hw.rank == 0:
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"{folder} exists: choose another --output-dir") from None
-    hw.barrier()
-    return folder
-
-
-@contextlib.contextmanager
-def sole_use(folder, hw):
-    """Raises UserError while another process works in this folder; a killed one does not."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if hw.rank == 0:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"another process is running in {folder}") from None
-    except OSError:
-        print(f"{folder} is on a file system without locks: run it in one process only")
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def prepare(args, hw, run_dir):
+def prepare(args, hw):
     """Tokenizer, rows and all checks that need no weights: before hours of training, not after.
 
     Returns (data, the content of args.json). Raises UserError when a model cannot take
@@ -2666,18 +2549,13 @@ def prepare(args, hw, run_dir):
             raise UserError(f"{hw.world} processes cannot share batches of {size} rows")
     if args.text == "adaptive" and not data.dev:
         raise UserError("--text adaptive needs dev rows: phi depends on the evaluations")
-    skeletons = {}
-    for role, name in (("teacher", args.teacher), ("student", args.student)):
-        check_fits(name, role, rows, tokenizer, args.max_length)
-        with explaining(f"the {role} {name} is no decoder that okd can use"):
-            skeletons[role] = empty_model(name, role)
-            blocks_of(skeletons[role])
+    check_fits(empty_model(args.student, "student"), "student", rows, tokenizer, args.max_length)
+    teacher = empty_model(args.teacher, "teacher")
+    check_fits(teacher, "teacher", rows, tokenizer, args.max_length)
     if args.teacher_sft == "lora" and args.teacher_sft_epochs > 0:
-        lora_modules(skeletons["teacher"], "auto", 0)
+        lora_modules(teacher, "auto", 0)
     if args.teacher_moves:
-        lora_modules(skeletons["teacher"], args.lora_targets, args.lora_top_layers)
-    if args.cache_teacher:
-        check_memory(data.train + data.dev[: args.eval_rows], skeletons["teacher"], hw)
+        lora_modules(teacher, args.lora_targets, args.lora_top_layers)
 
     began_with = {
         **identity(args.teacher, args.student, rows),
@@ -2685,16 +2563,45 @@ def prepare(args, hw, run_dir):
         "precision": next(name for name in PRECISIONS if PRECISIONS[name] == hw.dtype),
     }
     if args.resume:
-        record = json.loads((run_dir / "args.json").read_text())
-        require_same(record["began_with"], began_with, run_dir)
+        record = json.loads(pathlib.Path(args.resume, "args.json").read_text())
+        require_same(record["began_with"], began_with, args.resume)
         return data, record
-    if hw.rank == 0 and data.test_lines:
-        write_file(run_dir / "test.jsonl", "\n".join(data.test_lines) + "\n")
+    if args.output_dir is None:
+        models = f"{pathlib.Path(args.student).name}-{pathlib.Path(args.teacher).name}"
+        stamp = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        args.output_dir = hw.gather(f"runs/{args.method}-{models}-s{args.seed}-{stamp}")[0]
     # wandb refuses some characters, and two folders of one name are two runs.
-    wandb_id = re.sub(r"[^\w.-]", "-", run_dir.name)[:64] + "-" + secrets.token_hex(4)
+    name = re.sub(r"[^\w.-]", "-", pathlib.Path(args.output_dir).name)[:64]
     record = {"label": run_label(args), "command": shlex.join(["python", *sys.argv])}
-    record.update(wandb_id=wandb_id, began_with=began_with, **asdict(args))
-    return data, record
+    record["wandb_id"] = f"{name}-{secrets.token_hex(4)}"
+    return data, {**record, "began_with": began_with, **asdict(args)}
+
+
+def open_folder(args, record, data, hw):
+    """The run's folder: a new one, so that two runs never share it, or that of --resume."""
+    folder = pathlib.Path(args.output_dir)
+    if hw.rank == 0 and not args.resume:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(f"{folder} exists: choose another --output-dir") from None
+    hw.barrier()
+    if hw.rank > 0:
+        return folder
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is running in {folder}") from None
+    except OSError:
+        print(f"{folder} is on a file system without locks: run it in one process only")
+    if (folder / "student").exists():
+        raise UserError(f"--resume {folder}: this run has ended")
+    if not args.resume:
+        if data.test_lines:
+            write_file(folder / "test.jsonl", "\n".join(data.test_lines) + "\n")
+        write_file(folder / "args.json", json.dumps(record, indent=2) + "\n")
+    return folder
 
 
 def require_same(stored, found, run_dir):
@@ -2707,23 +2614,10 @@ def require_same(stored, found, run_dir):
             )
 
 
-def check_memory(rows, teacher, hw):
-    """Raises UserError when the states of --cache-teacher do not fit into host memory."""
-    num_tokens = sum(len(row.response_ids) for row in rows)
-    needed = num_tokens * teacher.config.get_text_config().hidden_size * hw.dtype.itemsize
-    free = psutil.virtual_memory().available
-    limit = pathlib.Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - psutil.Process().memory_info().rss)
-    size = f"--cache-teacher: {needed / 1e9:.2f} GB of host memory in each process"
-    print(f"{size}, of {free / 1e9:.1f} GB that are free")
-    if needed * hw.world > free:
-        raise UserError(f"{size} x {hw.world} is more than the {free / 1e9:.1f} GB that are free")
-
-
 def start_wandb(record, run_dir):
     """A group is a method with its settings, so that its runs are the seeds. Raises UserError."""
-    with explaining("wandb cannot start: set WANDB_MODE=offline, or leave out --track"):
+    hint = f"--resume {run_dir} with WANDB_MODE=offline or --no-track"
+    with explaining(f"wandb cannot start; go on by {hint}"):
         import wandb  # only tracked runs need it
 
         return wandb.init(
@@ -2757,14 +2651,7 @@ def warm_starts(args, data, hw, run_dir):
         pretraining = replace(data, train=data.pretraining)
         teacher, _ = warm_start(args, "teacher", teacher, pretraining, 8, 1e-3, hw)
     teacher, teacher_seconds = warm_start(
-        args,
-        "teacher",
-        teacher,
-        data,
-        args.teacher_sft_epochs,
-        args.teacher_sft_lr,
-        hw,
-        use_lora=args.teacher_sft == "lora",
+        args, "teacher", teacher, data, args.teacher_sft_epochs, args.teacher_sft_lr, hw
     )
     student, student_seconds = warm_start(
         args, "student", args.student, data, args.student_sft_epochs, args.student_sft_lr, hw
@@ -2817,18 +2704,12 @@ def final_metrics(state, rouge_l, hw):
         "distil_s": state.seconds,
         "sampling_s": state.sampling_seconds,
         "tokens_per_s": state.tokens / state.seconds,
-        hw.peak_name(): hw.peak_gb(),
+        **hw.peak_memory(),
         **rouge_l,
     }
-    if state.best_eval is not None:
-        final["selected_step"] = state.best_eval["step"]
-        for name, value in state.best_eval.items():
-            if name != "step":
-                final[f"dev_{name}"] = value
-        final["start_dev_student_ce"] = state.first_eval["student_ce"]
-        final["start_dev_fkl"] = state.first_eval["fkl"]
-    if state.last_eval is not None and "rouge_l" in state.last_eval:
-        final["dev_rouge_l_last"] = state.last_eval["rouge_l"]
+    for prefix, record in (("start_dev_", state.first_eval), ("dev_", state.best_eval)):
+        for name, value in (record or {}).items():
+            final[prefix + name] = value
     return final
 
 
@@ -2863,8 +2744,6 @@ def finish(args, record, models, final, student, teacher, data, run_dir, wandb_r
         numbers = [final.get(cell) for cell in cells] + [seconds]
         shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
         print(f"{name:20}" + "".join(f"{text:>10}" for text in shown))
-    for name, value in final.items():
-        print(f"{name}: {value:.6g}")
     print(f"run: {run_dir}")
     if wandb_run is not None:
         try:

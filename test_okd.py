@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import errno
-import fcntl
 import gzip
 import io
 import json
@@ -197,7 +196,7 @@ def train(examples, tokenizer, tmp_path_factory):
         run_dir = run_dir or tmp_path_factory.mktemp("run")
         args = dataclasses.replace(args, max_steps=num_steps)
         data = okd.Data(tokenizer, [EOS], rows, list(dev_rows), [])
-        state = okd.TrainState(text=okd.TextState(phi=args.sgo_fraction))
+        state = okd.TrainState(phi=args.sgo_fraction)
         okd.train(args, state, student, teacher, data, hw, run_dir)
         return student, teacher, read_metrics(run_dir)
 
@@ -400,18 +399,17 @@ def test_akl_weighs_by_the_gaps_as_constants():
 
 
 def test_taid_schedule_follows_its_rule():
-    schedule = okd.TaidSchedule()
+    taid = okd.TAID_START
     t = 0.4
     trend = 0.0
     previous = 3.0  # the first step has no change yet
     for step, loss in enumerate([3.0, 2.5, 2.6, 1.0]):
-        schedule.step(torch.tensor(loss), progress=step / 10)
+        taid = okd.taid_schedule(torch.as_tensor(taid), torch.tensor(loss), progress=step / 10)
         trend = 0.99 * trend + 0.01 * (previous - loss) / previous
         faster = t + 5e-4 / (1 + math.exp(-trend)) * (1 - t)
         t = max(0.4 + 0.6 * step / 10, faster)
         previous = loss
-        assert schedule.t.item() == pytest.approx(t, abs=1e-6)
-        assert schedule.trend.item() == pytest.approx(trend, abs=1e-6)
+        assert taid.tolist() == pytest.approx([t, trend, loss], abs=1e-6)
 
 
 # -----------------------------------------------------------------------------
@@ -1104,7 +1102,7 @@ def written_at(rows):
 )
 def test_student_text_has_its_share_of_steps(flags, share, examples):
     args = make_args(flags)
-    state = okd.TextState(phi=args.sgo_fraction)
+    state = okd.TrainState(phi=args.sgo_fraction)
     own = 0
     for step in range(400):
         steps = written_at(okd.select_rows(args, step, 400, examples, state, Writer()))
@@ -1120,7 +1118,7 @@ def make_sampler(args, monkeypatch, responses, networks=(None, None)):
         return responses
 
     monkeypatch.setattr(okd, "generate", generate)
-    state = okd.TrainState(text=okd.TextState())
+    state = okd.TrainState()
     return okd.Sampler(args, state, *networks, [EOS], CPU)
 
 
@@ -1136,7 +1134,7 @@ def test_student_text_keeps_prompts_and_is_cut(examples, monkeypatch):
 def test_adaptive_text_follows_the_rule_of_distillm(examples, monkeypatch):
     monkeypatch.setattr(okd, "REPLAY_CAPACITY", 12)
     args = make_args("--method distillm")
-    state = okd.TextState(phi=0.6)
+    state = okd.TrainState(phi=0.6)
     kinds = set()
     for step in range(100):
         is_full = len(state.replay) == 12
@@ -1157,7 +1155,7 @@ def test_adaptive_text_follows_the_rule_of_distillm(examples, monkeypatch):
 def test_replay_is_first_in_first_out(examples, monkeypatch):
     monkeypatch.setattr(okd, "REPLAY_CAPACITY", 10)
     args = make_args("--method distillm")
-    state = okd.TextState(phi=1.0)
+    state = okd.TrainState(phi=1.0)
     for step in range(3):
         okd.select_rows(args, step, 10**9, examples, state, Writer())
     held = [row.response_ids[0] for row in state.replay]
@@ -1165,7 +1163,7 @@ def test_replay_is_first_in_first_out(examples, monkeypatch):
 
 
 def test_phi_rises_when_the_dev_loss_does():
-    state = okd.TextState(phi=0.75)
+    state = okd.TrainState(phi=0.75)
     phis = []
     for loss in (2.0, 1.5, 2.05, 2.11, 2.15, 2.22, 2.19, 1.0, 2.33):
         okd.raise_phi(state, loss)
@@ -1189,7 +1187,7 @@ def test_each_evaluation_of_distillm_may_raise_phi(train, examples, monkeypatch)
 def test_rollouts_serve_four_passes(examples, monkeypatch):
     monkeypatch.setattr(okd, "NUM_ROLLOUTS", 8)
     args = make_args("--method minillm")
-    state = okd.TextState()
+    state = okd.TrainState()
     writer = Writer()
     drawn = []
     for step in range(16):
@@ -2769,15 +2767,9 @@ def test_a_broken_adapter_is_refused(damage, message, save_adapter):
         load_folder(folder)
 
 
-def test_a_student_without_trainable_weight_is_refused(save, monkeypatch):
-    folder = save(family_model())
-
-    def load_frozen(*_):
-        return family_model().requires_grad_(False)
-
-    monkeypatch.setattr(okd, "load_weights", load_frozen)
-    with pytest.raises(okd.UserError, match="no weight of the student"):
-        load_folder(folder, "student")
+def test_a_student_without_trainable_weight_is_refused():
+    with pytest.raises(okd.UserError, match="no trainable weights"):
+        okd.make_optimizer(family_model().requires_grad_(False), 0.0)
 
 
 def test_the_folders_generation_config_is_never_sampled_with(save):
@@ -2820,7 +2812,8 @@ def test_the_demo_has_bytes_and_an_end_token(role, width):
 
 
 def check(source, rows=FAMILY_ROWS, max_length=64):
-    okd.check_fits(str(source), "student", rows, transformers.ByT5Tokenizer(), max_length)
+    model = okd.empty_model(str(source), "student")
+    okd.check_fits(model, "student", rows, transformers.ByT5Tokenizer(), max_length)
 
 
 def save_config(folder, config):
@@ -3026,18 +3019,19 @@ def assert_same_run(folder, expected):
 def test_run_leaves_these_files(whole):
     names = {path.name for path in whole.folder.iterdir()}
     left = {"args.json", "models.json", "metrics.jsonl", "test.jsonl", "student", "teacher_lora"}
-    assert names == left
+    assert names == {".lock", *left}
 
 
-def test_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
+def test_runs_of_one_second_get_two_folders(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "NOW")
-    first = okd.take_folder(okd.Args(), CPU)
-    second = okd.take_folder(okd.Args(), CPU)
-    assert first != second
-    assert re.fullmatch("runs/okd-gpt2-gpt2-xl-s1-NOW-[0-9a-f]{4}", str(first))
-    assert first.is_dir()
-    assert second.is_dir()
+    job.flags = job.flags.replace(f"--output-dir {job.folder}", "")
+    for _ in range(2):
+        job("--max-steps 1 --eval-rows 0 --score-rows 0")
+    for folder in tmp_path.glob("runs/okd*"):
+        assert re.fullmatch("okd-student-teacher-s1-NOW-[0-9a-f]{4}", folder.name)
+        assert (folder / "student").exists()
+    assert len(list(tmp_path.glob("runs/okd*"))) == 2
 
 
 def test_given_folder_that_exists_is_refused(job):
@@ -3046,15 +3040,9 @@ def test_given_folder_that_exists_is_refused(job):
     assert list(job.folder.iterdir()) == []
 
 
-def test_folder_of_a_failed_start_is_removed(job, monkeypatch):
+def test_failed_start_makes_no_folder(job, monkeypatch):
     on_call(monkeypatch, "load_data", 1, full_disk)
     job(code=2)
-    assert not job.folder.exists()
-
-
-def test_folder_of_a_start_under_sigterm_is_removed(job, monkeypatch):
-    on_call(monkeypatch, "load_data", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    job(code=143)
     assert not job.folder.exists()
 
 
@@ -3140,21 +3128,21 @@ def test_table_has_dashes_for_what_was_not_asked(job):
 
 
 def test_best_student_survives_a_kill(job, monkeypatch):
-    copies = []
-    original = okd.copy_to_cpu
+    original = okd.evaluate
+    students = []
 
-    def copy_to_cpu(weights):
-        copies.append(original(weights))
-        return copies[-1]
+    def evaluate(args, student, *rest):
+        students.append(copy.deepcopy(student.state_dict()))
+        best = len(students) == 3  # before step 0, 1, 2
+        return {**original(args, student, *rest), "rouge_l": float(best)}
 
-    monkeypatch.setattr(okd, "copy_to_cpu", copy_to_cpu)
-    monkeypatch.setattr(okd, "is_best", lambda record, best: record["step"] == 2)
+    monkeypatch.setattr(okd, "evaluate", evaluate)
     with killed("learning_rate", 5):
         job(f"--eval-every 1 {SAVE_EACH_STEP}")
     job.resume()
-    assert read_metrics(job.folder)[-1]["final/selected_step"] == 2
+    assert read_metrics(job.folder)[-1]["final/dev_step"] == 2
     for name, weight in weights_of(job.folder).items():
-        assert_close(weight, copies[0][f"student.{name}"], rtol=0, atol=0)
+        assert_close(weight, students[2][name], rtol=0, atol=0)
 
 
 # -----------------------------------------------------------------------------
@@ -3215,6 +3203,7 @@ try:
     okd.main(first.split())
 except TypeError:
     okd.train = train
+    os.closerange(3, 100)  # gives up the folder's lock, as the end of a process does
 moments = random.Random(5)
 for kill in range(4):
     child = os.fork()
@@ -3256,10 +3245,15 @@ def test_signal_finishes_the_step_and_saves(number, code, job, whole, monkeypatc
 
 
 def test_resume_of_a_running_run_is_refused(stopped):
-    handle = os.open(stopped.folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    assert "another process is running" in stopped.resume(code=2)
-    os.close(handle)
+    locker = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", locker, str(stopped.folder / ".lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        assert "another process is running" in stopped.resume(code=2)
 
 
 def test_signal_in_the_last_evaluation_is_heard(job, whole, monkeypatch):
@@ -3399,19 +3393,14 @@ def test_resume_needs_the_fine_tuned_models(job):
     assert "is gone" in job.resume(code=2)
 
 
-def test_resume_needs_the_teachers_text(job):
+def test_lost_teacher_text_is_sampled_the_same(job):
     with killed("learning_rate", 2):
         job(f"--method seqkd {SAVE_EACH_STEP}")
-    (job.folder / "teacher_text.json").unlink()
-    assert "teacher_text.json, which this run trains on, is missing" in job.resume(code=2)
-
-
-def test_resume_refuses_text_of_other_rows(job):
-    with killed("train"):
-        job("--method seqkd")
     path = job.folder / "teacher_text.json"
-    path.write_text(json.dumps({**read_json(path), "prompts": "others"}))
-    assert "teacher_text.json belongs to other rows" in job.resume(code=2)
+    responses = read_json(path)["responses"]
+    path.unlink()
+    job.resume()
+    assert read_json(path)["responses"] == responses
 
 
 # -----------------------------------------------------------------------------
@@ -3475,11 +3464,11 @@ def test_one_row_of_a_large_file_counts(tmp_path):
     assert okd.fingerprint(str(tmp_path)) != before
 
 
-def test_portable_fingerprint_is_that_of_a_copy(folders, tmp_path):
+def test_fingerprint_is_that_of_a_copy(folders, tmp_path):
     source = folders / "gpt2" / "teacher"
-    copy = tmp_path / "copy"
-    shutil.copytree(source, copy, copy_function=shutil.copyfile)  # other times
-    assert okd.fingerprint(str(copy), True) == okd.fingerprint(str(source), True)
+    copied = tmp_path / "copy"
+    shutil.copytree(source, copied, copy_function=shutil.copyfile)  # other times
+    assert okd.fingerprint(str(copied)) == okd.fingerprint(str(source))
 
 
 def test_failed_warm_start_leaves_no_temporary_folder(job, monkeypatch):
@@ -3528,8 +3517,6 @@ def test_seconds_of_cached_states_are_counted(job, monkeypatch):
 
 def test_peak_of_a_cpu_is_the_processs(whole):
     assert "final/process_peak_gb" in read_metrics(whole.folder)[-1]
-    cuda = okd.Hardware(torch.device("cuda"), torch.float32)
-    assert cuda.peak_name() == "peak_memory_gb"
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", True)])
@@ -3610,9 +3597,10 @@ def test_wandb_that_cannot_start_is_one_line(job, monkeypatch):
         raise wandb.errors.CommError("unreachable")
 
     monkeypatch.setattr(wandb, "init", fail)
-    assert "wandb cannot start" in job(f"--track {WARM}", code=2)
-    assert not job.folder.exists()
+    assert "wandb cannot start; go on by --resume" in job(f"--track {WARM}", code=2)
     assert not job.cache.exists()
+    job.resume("--no-track")
+    assert weights_of(job.folder)
 
 
 class BrokenWandb:
