@@ -589,8 +589,8 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         print(f"{run_dir}: resumed after step {state.step}")
     state.taid = torch.as_tensor(state.taid, device=hw.device)
     log_path = run_dir / "metrics.jsonl"
-    tracked_step = cut_log(log_path, state.log_bytes, hw)
-    reporter = Reporter(log_path, phase, state, num_steps, hw, wandb_run, tracked_step)
+    num_known = cut_log(log_path, state.log_bytes, hw)
+    reporter = Reporter(log_path, phase, state, num_steps, hw, wandb_run, num_known)
     sampler = Sampler(args, state, student, teacher, data.stop_ids, hw)
 
     signals = StopSignals()
@@ -775,7 +775,7 @@ def learning_rate(step, num_steps, peak, warmup=0.03):
 class Reporter:
     """One dict of metrics, three readers: metrics.jsonl, wandb with --track, and the console.
 
-    A resumed run reports again what came after its checkpoint; wandb has it up to `tracked_step`.
+    A resumed run reports again what came after its checkpoint: num_known records are on wandb.
     """
 
     log_path: pathlib.Path
@@ -784,7 +784,7 @@ class Reporter:
     num_steps: int
     hw: "Hardware"
     wandb_run: object
-    tracked_step: int
+    num_known: int
 
     def report(self, kind, metrics):
         if self.hw.rank > 0:
@@ -795,7 +795,9 @@ class Reporter:
             record[f"{kind}/{name}"] = float(value)  # here we wait for the device
         with open(self.log_path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.wandb_run is not None and step > self.tracked_step:
+        if self.num_known > 0:
+            self.num_known -= 1
+        elif self.wandb_run is not None:
             self.wandb_run.log(record, step=step)
 
         where = f"{self.phase} step {step} of {self.num_steps}"
@@ -852,8 +854,8 @@ def load_checkpoint(run_dir, networks, stateful):
 def cut_log(path, size, hw):
     """Cut metrics.jsonl to its size at the checkpoint, since what came later is reported again.
 
-    Returns the step of the last record before the cut, or -1. Raises UserError when records of the
-    time before the checkpoint are missing.
+    Returns the number of records cut off. Raises UserError when records of the time before the
+    checkpoint are missing.
     """
     path.touch()
     log = path.read_bytes()
@@ -862,11 +864,7 @@ def cut_log(path, size, hw):
         raise UserError(f"{path} is shorter than at the last checkpoint: records were lost")
     if hw.rank == 0:
         os.truncate(path, size)
-    records = log[: log.rfind(b"\n") + 1].splitlines()  # the last one may be cut in the middle
-    if not records:
-        return -1
-    with explaining(f"{path} is damaged"):
-        return json.loads(records[-1])["step"]
+    return log[size:].count(b"\n")
 
 
 # -----------------------------------------------------------------------------
@@ -1854,9 +1852,10 @@ def cache_states(teacher, rows, hw):
     shape = (sum(lengths), teacher.config.get_text_config().hidden_size)
     needed = math.prod(shape) * hw.dtype.itemsize * hw.world / 1e9
     free = free_memory() / 1e9
-    print(f"--cache-teacher needs {needed:.2f} GB of host memory, of {free:.1f} GB that are free")
+    sizes = f"--cache-teacher needs {needed:.2f} GB of host memory; {free:.2f} GB are free"
+    print(sizes)
     if needed > free:
-        raise UserError(f"--cache-teacher needs {needed:.2f} GB, but only {free:.2f} GB are free")
+        raise UserError(sizes)
     states = torch.empty(shape, dtype=hw.dtype, pin_memory=hw.device.type == "cuda")
     start = 0
     for batch in micro_batches(rows, 4096, hw, share=False):
@@ -1871,8 +1870,9 @@ def free_memory():
     """Bytes that this process may still take: of the machine, or of its container."""
     free = psutil.virtual_memory().available
     limit = pathlib.Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - psutil.Process().memory_info().rss)
+    if limit.exists():
+        most = float(limit.read_text().replace("max", "inf"))
+        free = min(free, most - psutil.Process().memory_info().rss)
     return free
 
 
