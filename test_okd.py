@@ -32,7 +32,6 @@ import tokenizers
 import torch
 import transformers
 import wandb
-from rouge_score.rouge_scorer import RougeScorer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
@@ -50,18 +49,6 @@ FP16 = okd.pick_hardware("cpu", "fp16")
 VOCAB_SIZE = 257  # of the demo's tokenizer: bytes and EOS
 EOS = 256
 
-GPT2 = transformers.GPT2Config(
-    vocab_size=VOCAB_SIZE,
-    n_positions=256,
-    n_embd=32,
-    n_layer=4,
-    n_head=4,
-    bos_token_id=EOS,
-    eos_token_id=EOS,
-    resid_pdrop=0.0,
-    embd_pdrop=0.0,
-    attn_pdrop=0.0,
-)
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -74,21 +61,67 @@ SHAPE = {
     "bos_token_id": EOS,
     "eos_token_id": EOS,
 }
-CONFIGS = {  # a tied head, an untied one, and one with a soft cap
-    "gpt2": GPT2,
-    "llama": transformers.LlamaConfig(**SHAPE),
-    "gemma2": transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0),
+MOE = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,  # deeper than the decoder
+    "num_attention_heads": 4,
+    "image_size": 28,
+}
+GEMMA4 = {
+    **SHAPE,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+MORE_SHAPE = {  # what a family needs besides SHAPE
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "gptj": {"rotary_dim": 4},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "llama4_text": {**MOE, "intermediate_size_mlp": 48},
+    "mixtral": MOE,
+    "qwen3_moe": {**MOE, "num_experts_per_tok": 2},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "gemma3": {"text_config": SHAPE, "vision_config": VISION},
+    "granite": {"logits_scaling": 4.0},
+    "deepseek_v3": MLA,
+    "gpt_oss": MOE,
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "lm_head_multiplier": 0.5,
+    },
+    "gemma4": {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None},
 }
 
 # -----------------------------------------------------------------------------
 # Models
 
 
+def tiny_config(family, **changes):
+    shape = {**SHAPE, **MORE_SHAPE.get(family, {}), **changes}
+    return transformers.AutoConfig.for_model(family, **shape)
+
+
 def tiny_model(family="gpt2", seed=0, dtype=torch.float32, **changes):
     torch.manual_seed(seed)
-    config = copy.deepcopy(CONFIGS[family])
-    config.update(changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     model.generation_config = transformers.GenerationConfig()
     with torch.no_grad():  # a fresh head is nearly uniform: spread it, so that errors show
         for parameter in model.parameters():
@@ -96,27 +129,36 @@ def tiny_model(family="gpt2", seed=0, dtype=torch.float32, **changes):
     return model.to(dtype).eval()
 
 
-def tiny_pair(args, family="gpt2", lora_std=0.0, dtype=torch.float32, **changes):
-    """(student, teacher); lora_std > 0 fills LoRA's B, as if the module had been trained."""
-    student = tiny_model(family, seed=1, **changes)
-    teacher = tiny_model(family, seed=2, dtype=dtype, **changes).requires_grad_(False)
+def with_lora(model, std=0.2, rank=4, scale=2.0, seed=0):
+    """LoRA whose B is filled, as if it had been trained."""
+    model = okd.add_lora(model, rank, scale, seed=seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def tiny_pair(args, family="gpt2", lora_std=0.0, dtype=torch.float32):
+    """(student, teacher)"""
+    student = tiny_model(family, seed=1)
+    teacher = tiny_model(family, seed=2, dtype=dtype).requires_grad_(False)
     if args.teacher_moves:
-        where = (args.lora_targets, args.lora_top_layers)
-        teacher = okd.add_lora(teacher, args.lora_rank, args.lora_scale, *where, args.seed)
-        for name, parameter in teacher.named_parameters():
-            if lora_std > 0 and "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=lora_std)
+        teacher = with_lora(teacher, lora_std, args.lora_rank, args.lora_scale, args.seed)
     return student, teacher
 
 
-def plain_log_probs(model, rows):
-    """Log-probabilities of every response token, from one unpadded forward per row."""
+def plain_logits(model, rows):
+    """(N, V) logits before every response token, from one unpadded forward per row."""
     logits = []
     for row in rows:
         input_ids = torch.tensor([row.prompt_ids + row.response_ids])
         first = len(row.prompt_ids) - 1
-        logits.append(model(input_ids).logits[0, first:-1].float())
-    return torch.cat(logits).log_softmax(-1)
+        logits.append(model(input_ids=input_ids, use_cache=False).logits[0, first:-1].float())
+    return torch.cat(logits)
+
+
+def plain_log_probs(model, rows):
+    return plain_logits(model, rows).log_softmax(-1)
 
 
 def changed(before, after):
@@ -139,33 +181,42 @@ def gradient(function, at):
 # -----------------------------------------------------------------------------
 # Arguments, data, runs
 
-SMALL = {
-    "teacher": "t",
-    "student": "s",
-    "batch_size": 4,
-    "epochs": 99,
-    "log_every": 1,
-    "eval_rows": 8,
-    "score_rows": 2,
-    "lora_rank": 4,
-    "max_length": 96,
-    "max_new_tokens": 6,
-}
-SWITCHES = {field.name for field in dataclasses.fields(okd.Args) if field.type is bool}
+SMALL = (
+    "--teacher t --student s --batch-size 4 --epochs 99 --log-every 1 --eval-rows 8 "
+    "--score-rows 2 --lora-rank 4 --max-length 96 --max-new-tokens 6"
+)
 
 
 def make_args(flags="", **changes):
     """Args from command-line flags, as a text or by name, so that parsing is tested, too."""
-    argv = []
-    for name, value in {**SMALL, **changes}.items():
-        argv.append("--" + name.replace("_", "-"))
-        if name not in SWITCHES:
-            argv.append(str(value))
-    return okd.parse_args(argv + flags.split())
+    argv = f"{SMALL} {flags}".split()
+    for name, value in changes.items():
+        argv += ["--" + name.replace("_", "-"), str(value)]
+    return okd.parse_args(argv)
 
 
 def make_row(prompt_ids, response_ids):
     return okd.Example(1, "", [""], prompt_ids, response_ids, EOS)
+
+
+def user_error(message):
+    return pytest.raises(okd.UserError, match=message)
+
+
+def cases(table):
+    """parametrize by a table with | between its cells; its first line names the columns."""
+    names, *rows = [re.split(r"\s*\|\s*", line.strip()) for line in table.strip().splitlines()]
+    return pytest.mark.parametrize(names, rows)
+
+
+def blocks(name, text):
+    """parametrize by blocks of lines, each behind "# id"; a backslash continues a line."""
+    parts = text.replace("\\\n", "").strip("# \n").split("\n\n# ")
+    ids, values = zip(*[part.split("\n", maxsplit=1) for part in parts], strict=True)
+    return pytest.mark.parametrize(name, values, ids=ids)
+
+
+two_families = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 
 def labels_of(rows):
@@ -178,13 +229,9 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def demo_lines():
-    return [json.dumps(row) for row in okd.demo_rows(40, seed=1)]
-
-
-@pytest.fixture(scope="session")
-def examples(tokenizer, demo_lines):
-    return okd.read_rows("demo", demo_lines, tokenizer, 96, 96)
+def examples(tokenizer):
+    lines = map(json.dumps, okd.demo_rows(40, seed=1))
+    return okd.read_rows("demo", lines, tokenizer, 96, 96)
 
 
 @pytest.fixture
@@ -203,21 +250,26 @@ def train(examples, tokenizer, tmp_path_factory):
     return run
 
 
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(run_dir / "metrics.jsonl")
 
 
 @pytest.fixture
 def calls_of(monkeypatch):
-    """calls_of(name): the arguments of every call of okd's function `name` from now on."""
+    """calls_of(name): (arguments, options, result) of all calls of okd's `name` from now on."""
 
     def record(name, owner=okd):
         function = getattr(owner, name)
         calls = []
 
         def recorded(*args, **options):
-            calls.append(args)
-            return function(*args, **options)
+            result = function(*args, **options)
+            calls.append((args, options, result))
+            return result
 
         monkeypatch.setattr(owner, name, recorded)
         return calls
@@ -268,20 +320,21 @@ def divergence(name, z_p, z_q):
 
 
 GOLDEN = """
-fkl           0.881736
-rkl           1.235699
-frkl          1.058718
-jsd  0.1      0.074367
-jsd  0.5      0.198544
-jsd  0.9      0.088625
-tvd           0.494317
-sfkl 0.1      0.639753
-srkl 0.1      0.693332
-akl  0.5      1.111744
-ab   0.2 0.7  1.216299
-ab   0.5 0.5  0.896927
-taid 0.4      1.531312
-taid 1.0      2.064631
+line         | mean
+fkl          | 0.881736
+rkl          | 1.235699
+frkl         | 1.058718
+jsd  0.1     | 0.074367
+jsd  0.5     | 0.198544
+jsd  0.9     | 0.088625
+tvd          | 0.494317
+sfkl 0.1     | 0.639753
+srkl 0.1     | 0.693332
+akl  0.5     | 1.111744
+ab   0.2 0.7 | 1.216299
+ab   0.5 0.5 | 0.896927
+taid 0.4     | 1.531312
+taid 1.0     | 2.064631
 """
 
 
@@ -291,10 +344,9 @@ def value_of(line):
     return okd.DIVERGENCES[name](LOG_P, LOG_Q, *map(float, parameters))
 
 
-@pytest.mark.parametrize("line", GOLDEN.strip().splitlines())
-def test_divergence_has_the_golden_mean(line):
-    line, expected = line.rsplit(maxsplit=1)
-    assert value_of(line).mean().item() == pytest.approx(float(expected), abs=1e-6)
+@cases(GOLDEN)
+def test_divergence_has_the_golden_mean(line, mean):
+    assert value_of(line).mean().item() == pytest.approx(float(mean), abs=1e-6)
 
 
 @pytest.mark.parametrize("line", ["fkl", "jsd 0", "sfkl 0", "ab 1 0"])
@@ -305,12 +357,6 @@ def test_this_divergence_is_kl_of_p(line):
 @pytest.mark.parametrize("line", ["rkl", "jsd 1", "srkl 0", "ab 0 1"])
 def test_this_divergence_is_kl_of_q(line):
     assert_close(value_of(line), KL_QP)
-
-
-@every_divergence
-def test_divergence_is_positive_away_from_the_teacher(name):
-    values = divergence(name, random_logits(50, 11, seed=1), random_logits(50, 11, seed=2))
-    assert (values > 0).all()
 
 
 @every_divergence
@@ -362,22 +408,6 @@ def test_gradient_in_q_is_the_closed_form(name, expected):
     assert_close(gradient(loss, Z_Q), expected)
 
 
-def test_gradient_of_fkl_in_p_has_the_entropy():
-    def loss(z):
-        return divergence("fkl", z, Z_Q)
-
-    assert_close(gradient(loss, Z_P), P * (LOG_P - LOG_Q - KL_PQ[:, None]))
-
-
-def test_mix_is_the_weighted_mean_of_probabilities():
-    assert_close(okd.mix(LOG_P, LOG_Q, 0.2).exp(), 0.2 * P + 0.8 * Q)
-
-
-def test_jsd_of_disjoint_distributions_is_log_2():
-    log_p = (100 * torch.eye(2)).log_softmax(-1)
-    assert okd.jsd(log_p, log_p.flip(0)).tolist() == pytest.approx([math.log(2)] * 2)
-
-
 def test_ab_at_beta_zero_is_its_limit():
     limit = okd.ab(LOG_P, LOG_Q, 0.6, 1e-7)
     assert_close(okd.ab(LOG_P, LOG_Q, 0.6, 0), limit, rtol=1e-5, atol=0)
@@ -394,7 +424,6 @@ def test_akl_weighs_by_the_gaps_as_constants():
         log_q = z.log_softmax(-1)
         return (2 * okd.fkl(log_p, log_q) + okd.rkl(log_p, log_q)) / 3
 
-    assert_close(akl(log_q), expected(log_q))
     assert_close(gradient(akl, log_q), gradient(expected, log_q))
 
 
@@ -418,14 +447,13 @@ def test_taid_schedule_follows_its_rule():
 LOG_P0 = random_logits(3, 5, seed=5).log_softmax(-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_gradient_at_a_temperature_keeps_its_size(temperature):
+def test_gradient_at_a_temperature_keeps_its_size():
     def loss(z):
-        return okd.student_loss(LOG_P, z.log_softmax(-1), LABELS, temperature=temperature)
+        return okd.student_loss(LOG_P, z.log_softmax(-1), LABELS, temperature=2.0)
 
-    soft_p = (Z_P / temperature).softmax(-1)
-    soft_q = (Z_Q / temperature).softmax(-1)
-    assert_close(gradient(loss, Z_Q), temperature * (soft_q - soft_p))
+    soft_p = (Z_P / 2).softmax(-1)
+    soft_q = (Z_Q / 2).softmax(-1)
+    assert_close(gradient(loss, Z_Q), 2 * (soft_q - soft_p))
 
 
 def test_student_loss_weighs_divergence_and_cross_entropy():
@@ -434,17 +462,18 @@ def test_student_loss_weighs_divergence_and_cross_entropy():
     assert_close(loss, expected)
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("--divergence jsd --beta 0.3", {"beta": 0.3}),
-        ("--divergence srkl --skew 0.4", {"skew": 0.4}),
-        ("--divergence ab --ab-alpha 0.5 --ab-beta 0.6", {"alpha": 0.5, "beta": 0.6}),
-        ("--divergence taid", {"t": TAID_T}),
-    ],
-)
+PARAMETERS = """
+flags                                         | expected
+--divergence jsd --beta 0.3                   | {"beta": 0.3}
+--divergence srkl --skew 0.4                  | {"skew": 0.4}
+--divergence ab --ab-alpha 0.5 --ab-beta 0.6  | {"alpha": 0.5, "beta": 0.6}
+--divergence taid                             | {"t": 0.6}
+"""
+
+
+@cases(PARAMETERS)
 def test_flags_reach_their_divergence(flags, expected):
-    assert okd.divergence_parameters(make_args(flags), TAID_T) == expected
+    assert okd.divergence_parameters(make_args(flags), TAID_T) == json.loads(expected)
 
 
 def test_teacher_loss_is_equation_16_with_anchor():
@@ -455,7 +484,7 @@ def test_teacher_loss_is_equation_16_with_anchor():
     assert_close(loss, expected)
 
 
-@pytest.mark.parametrize(("alpha", "anchor"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.35, 0.7)])
+@pytest.mark.parametrize(("alpha", "anchor"), [(0.0, 0.0), (1.0, 0.0), (0.35, 0.7)])
 def test_teacher_moves_towards_the_mixture(alpha, anchor):
     gold = torch.nn.functional.one_hot(LABELS, 5)
     mixture = ((1 - alpha) * gold + alpha * Q + anchor * LOG_P0.exp()) / (1 + anchor)
@@ -464,16 +493,6 @@ def test_teacher_moves_towards_the_mixture(alpha, anchor):
         return okd.teacher_loss(z.log_softmax(-1), LOG_Q, LOG_P0, LABELS, alpha, anchor)
 
     assert_close(gradient(loss, Z_P), (1 + anchor) * (P - mixture))
-
-
-def test_losses_reach_no_other_network():
-    log_p, log_q, log_p0 = [z.clone().requires_grad_() for z in (LOG_P, LOG_Q, LOG_P0)]
-    okd.student_loss(log_p, log_q, LABELS, ce_weight=0.5).sum().backward()
-    assert log_p.grad is None
-    log_q.grad = None
-    okd.teacher_loss(log_p, log_q, log_p0, LABELS, anchor=1.0).sum().backward()
-    assert log_q.grad is None
-    assert log_p0.grad is None
 
 
 def test_policy_gradient_is_that_of_the_expected_reward():
@@ -494,25 +513,25 @@ def test_policy_gradient_is_that_of_the_expected_reward():
     assert_close(gradient(expected_loss, z_q), -gradient(expected_reward, z_q))
 
 
-@pytest.mark.parametrize(
-    ("advantage", "weight", "loss", "moves"),
-    [
-        (1.0, 1.5, -1.2, False),  # good and already likelier than clip allows: clipped
-        (1.0, 0.5, -0.5, True),
-        (-1.0, 1.5, 1.5, True),
-        (-1.0, 0.5, 0.8, False),  # bad and already less likely: clipped
-    ],
-)
-def test_policy_loss_is_clipped_where_that_enlarges_it(advantage, weight, loss, moves):
-    token = torch.tensor([0])
-    sampled_log_q = math.log(0.5)  # q has not moved: the ratio is the weight
+CLIPPED = """
+advantage | weight | loss | moves
+ 1        | 1.5    | -1.2 | False
+ 1        | 0.5    | -0.5 | True
+-1        | 1.5    |  1.5 | True
+-1        | 0.5    |  0.8 | False
+"""
 
-    def policy_loss(z):
-        return okd.policy_loss(z.log_softmax(-1), token, advantage, sampled_log_q, weight)
+
+@cases(CLIPPED)
+def test_policy_loss_is_clipped_where_that_enlarges_it(advantage, weight, loss, moves):
+    def policy_loss(z):  # q has not moved from 0.5: the ratio is the weight
+        log_q = z.log_softmax(-1)
+        values = (float(advantage), math.log(0.5), float(weight))
+        return okd.policy_loss(log_q, torch.tensor([0]), *values)
 
     z = torch.zeros(1, 2)
-    assert policy_loss(z).item() == pytest.approx(loss)
-    assert bool(gradient(policy_loss, z).any()) == moves
+    assert policy_loss(z).item() == pytest.approx(float(loss))
+    assert str(bool(gradient(policy_loss, z).any())) == moves
 
 
 # -----------------------------------------------------------------------------
@@ -545,20 +564,20 @@ okd       fkl   data      True   0.0  0.0
 def test_method_sets_the_columns_of_its_row(line):
     method, *row = line.split()
     args = make_args(method=method)
-    columns = (args.divergence, args.text, args.teacher_moves)
-    assert [str(x) for x in (*columns, args.student_ce_weight, args.sgo_fraction)] == row
+    names = ("divergence", "text", "teacher_moves", "student_ce_weight", "sgo_fraction")
+    assert [str(getattr(args, name)) for name in names] == row
 
 
-@pytest.mark.parametrize(
-    ("flags", "label"),
-    [
-        ("--method fkl --temperature 2", "fkl temperature=2.0"),
-        ("--method okd", "okd"),
-        ("--method gkd --sgo-fraction 0.5", "gkd"),
-        ("--divergence jsd --beta 0.1", "okd divergence=jsd beta=0.1"),
-        ("--method fkl --seed 3 --micro-batch-tokens 9", "fkl"),
-    ],
-)
+LABELLED = """
+flags                                         | label
+--method fkl --temperature 2                  | fkl temperature=2.0
+--method gkd --sgo-fraction 0.5               | gkd
+--divergence jsd --beta 0.1                   | okd divergence=jsd beta=0.1
+--method fkl --seed 3 --micro-batch-tokens 9  | fkl
+"""
+
+
+@cases(LABELLED)
 def test_label_names_what_differs_from_the_defaults(flags, label):
     args = okd.parse_args(["--teacher", "t", *flags.split()])
     assert okd.run_label(args) == label
@@ -574,7 +593,7 @@ dev/student_entropy dev/teacher_entropy dev/top1_agreement dev/drift
 OWN_METRICS = {"okd": "train/teacher_loss train/teacher_grad_norm", "taid": "train/taid_t"}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@two_families
 @pytest.mark.parametrize("method", okd.METHODS)
 def test_method_trains_and_reports_as_all_do(method, family, train, examples):
     args = make_args("--select last --eval-every 1 --max-new-tokens 4", method=method)
@@ -592,21 +611,15 @@ def test_method_trains_and_reports_as_all_do(method, family, train, examples):
 
 
 def test_labels_are_shifted_and_eos_is_a_target():
-    batch = okd.collate([make_row([1, 2, 3], [4, 5, 0]), make_row([1], [6, 0])], "cpu")
+    batch = okd.collate([make_row([1, 2], [3, 0]), make_row([1], [4])], "cpu")
     # Padding is 0, too, which is EOS here: it is told apart by lengths, not by ids.
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 0], [1, 6, 0, 0, 0, 0]]
-    assert batch.labels.tolist() == [4, 5, 0, 6, 0]
-    assert batch.positions.tolist() == [2, 3, 4, 6, 7]
+    assert batch.input_ids.tolist() == [[1, 2, 3, 0], [1, 4, 0, 0]]
+    assert batch.labels.tolist() == [3, 0, 4]
+    assert batch.positions.tolist() == [1, 2, 4]
 
 
-def labels_in(batches):
-    return sorted(torch.cat([batch.labels for batch in batches]).tolist())
-
-
-def test_micro_batches_keep_every_row_and_the_limit(examples):
-    batches = list(okd.micro_batches(examples, 100, CPU))
-    assert labels_in(batches) == sorted(labels_of(examples).tolist())
-    for batch in batches:
+def test_micro_batches_keep_the_limit(examples):
+    for batch in okd.micro_batches(examples, 100, CPU):
         assert batch.input_ids.numel() <= 100 or len(batch.input_ids) == 1
 
 
@@ -631,7 +644,8 @@ def test_processes_share_rows_in_equally_many_micro_batches(examples):
         hw = dataclasses.replace(CPU, rank=rank, world=3)
         shares.append(list(okd.micro_batches(examples[:39], 100, hw)))
     assert len(shares[0]) == len(shares[1]) == len(shares[2])
-    assert labels_in(sum(shares, [])) == sorted(labels_of(examples[:39]).tolist())
+    labels = torch.cat([batch.labels for batch in sum(shares, [])])
+    assert labels.sort()[0].equal(labels_of(examples[:39]).sort()[0])
 
 
 def epoch_of(rows, batch_size, epoch, seed=1):
@@ -738,35 +752,26 @@ def test_split_into_micro_batches_changes_no_gradient(method, tokens, train, kep
 
 
 @pytest.mark.parametrize(
-    ("device", "tokens", "size"),
-    [("cpu", 5, 5), ("cpu", 0, 1), ("cuda", 200, 1600), ("mps", 5, 1024)],
+    ("device", "tokens", "num_tokens", "size"),
+    [
+        ("cpu", 5, 11, 6),  # no remainder of one
+        ("cpu", 0, 2, 1),
+        ("cuda", 200, 3200, 1600),
+        ("mps", 5, 2048, 1024),
+    ],
 )
-def test_chunks_are_larger_off_the_cpu(device, tokens, size, monkeypatch):
+def test_tokens_make_two_chunks(device, tokens, num_tokens, size, monkeypatch):
     monkeypatch.setattr(okd, "LOGITS_PER_CHUNK", tokens * VOCAB_SIZE)
     hw = okd.Hardware(torch.device(device), torch.float32)
-    chunks = okd.split_into_chunks(2 * size, tiny_model(), hw)
+    chunks = okd.split_into_chunks(num_tokens, tiny_model(), hw)
     assert chunks == [slice(0, size), slice(size, 2 * size)]
 
 
-def test_no_chunk_is_a_small_remainder(monkeypatch):
-    monkeypatch.setattr(okd, "LOGITS_PER_CHUNK", 5 * VOCAB_SIZE)
-    chunks = okd.split_into_chunks(11, tiny_model(), CPU)
-    assert chunks == [slice(0, 6), slice(6, 12)]
-
-
-def test_head_sees_chunks_of_one_size(examples, small_chunks):
+def test_head_sees_one_chunk_at_a_time(examples, small_chunks, calls_of):
+    calls = calls_of("log_probs", okd.Trunk)
     args = make_args("--method fkl")
-    student, teacher = tiny_pair(args)
-    sizes = []
-
-    def record(head, inputs):
-        sizes.append(inputs[0].size(1))
-
-    student.lm_head.register_forward_pre_hook(record)
-    backpropagate(args, student, teacher, examples[:5])
-    assert set(sizes[:-1]) == {sizes[0]}
-    assert 7 / 1.5 <= sizes[0] <= 7 * 1.5
-    assert sum(sizes) == len(labels_of(examples[:5]))
+    backpropagate(args, *tiny_pair(args), examples[:5])
+    assert max(len(log_probs) for *_, log_probs in calls) <= 7 * 1.5
 
 
 def test_evaluation_is_the_mean_of_plain_metrics(examples):
@@ -774,11 +779,10 @@ def test_evaluation_is_the_mean_of_plain_metrics(examples):
     student, teacher = tiny_pair(args, lora_std=0.1)
     rows = examples[:8]
     found = okd.evaluate(args, student, teacher, rows, None, CPU)
-    with torch.no_grad():
-        p = Categorical(logits=plain_log_probs(teacher, rows))
-        q = Categorical(logits=plain_log_probs(student, rows))
-        with teacher.disable_adapter():
-            p0 = Categorical(logits=plain_log_probs(teacher, rows))
+    p = Categorical(logits=plain_logits(teacher, rows))
+    q = Categorical(logits=plain_logits(student, rows))
+    with teacher.disable_adapter():
+        p0 = Categorical(logits=plain_logits(teacher, rows))
     labels = labels_of(rows)
     expected = {
         "fkl": kl_divergence(p0, q),
@@ -793,18 +797,6 @@ def test_evaluation_is_the_mean_of_plain_metrics(examples):
     }
     means = {name: values.mean().item() for name, values in expected.items()}
     assert found == pytest.approx(means, rel=1e-4)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_masters_in_float32_are_evaluated_in_bf16(family, examples):
-    args = make_args("--method okd")
-    student, teacher = tiny_pair(args, family, dtype=torch.bfloat16)
-    student = student.float()
-    rows = examples[:4]
-    found = okd.measure(student, teacher, rows, BF16, 4096, need_p0=True)
-    expected = okd.measure(student, teacher.float(), rows, CPU, 4096, need_p0=True)
-    assert_close(found["student_ce"], expected["student_ce"], rtol=0.05, atol=0.05)
-    assert_close(found["teacher_ce"], expected["teacher_ce"], rtol=0.05, atol=0.05)
 
 
 def test_score_is_the_mean_rouge_of_answers(examples, tokenizer, monkeypatch):
@@ -885,11 +877,6 @@ def test_of_a_frozen_teacher_nothing_moves(train):
     assert changed(tiny_model(seed=2), teacher) == set()
 
 
-def test_one_batch_can_be_learnt_by_heart(train, examples):
-    _, _, records = train(make_args("--method fkl --lr 5e-3"), num_steps=40, rows=examples[:4])
-    assert records[-1]["train/student_loss"] < 0.2 * records[0]["train/student_loss"]
-
-
 def modes_of(network):
     """A list of (in train mode, in autocast) of every forward pass from now on."""
     modes = []
@@ -933,17 +920,16 @@ def test_learning_rate_rises_and_falls_linearly():
 def test_each_network_has_its_own_learning_rate(train, calls_of):
     calls = calls_of("optimizer_step")
     train(make_args("--lr 1e-3 --teacher-lr-ratio 0.2"), num_steps=2)
-    assert [lr for _, _, lr, *_ in calls] == pytest.approx([1e-3, 2e-4, 5e-4, 1e-4])
+    assert [args[2] for args, *_ in calls] == pytest.approx([1e-3, 2e-4, 5e-4, 1e-4])
 
 
 def test_norms_and_biases_do_not_decay():
     student = tiny_model()
-    decay = {}
-    for group in okd.make_optimizer(student, weight_decay=0.1).param_groups:
-        decay.update(dict.fromkeys(group["params"], group["weight_decay"]))
+    decayed, others = okd.make_optimizer(student, weight_decay=0.1).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     for name, parameter in student.named_parameters():
-        expected = 0.0 if name.endswith("bias") or "ln_" in name else 0.1
-        assert decay[parameter] == expected
+        group = others if name.endswith("bias") or "ln_" in name else decayed
+        assert any(parameter is each for each in group["params"])
 
 
 def take_step(gradient, hw):
@@ -993,13 +979,16 @@ def test_training_survives_a_gradient_that_is_not_finite(train, monkeypatch):
     assert [math.isnan(record["train/student_loss"]) for record in records] == [0, 1, 0, 0]
 
 
-@pytest.mark.parametrize(("num_rows", "name"), [(0, "student_loss"), (2, "student_ce")])
-def test_first_loss_of_nan_is_the_users_error(num_rows, name, train, examples):
+@pytest.mark.parametrize(
+    ("num_rows", "broken", "name"),
+    [(0, 0, "student_loss"), (2, 0, "student_ce"), (2, 1, "teacher_ce")],
+)
+def test_first_loss_of_nan_is_the_users_error(num_rows, broken, name, train, examples):
     args = make_args("--method fkl --select last")
-    student, teacher = tiny_pair(args)
-    student.lm_head.weight.data.fill_(math.nan)
-    with pytest.raises(okd.UserError, match=f"the first {name} is nan"):
-        train(args, (student, teacher), dev_rows=examples[:num_rows])
+    networks = tiny_pair(args)
+    networks[broken].lm_head.weight.data.fill_(math.nan)
+    with user_error(f"the first {name} is nan: some weights are not finite"):
+        train(args, networks, dev_rows=examples[:num_rows])
 
 
 @every_precision
@@ -1011,15 +1000,17 @@ def test_mixed_precision_keeps_float32_weights(hw, train):
         assert weight.dtype == (torch.float32 if "lora_" in name else hw.dtype)
 
 
-@every_precision
-def test_mixed_precision_follows_float32(hw, train):
-    args = make_args("--method okd --lr 1e-3")
-    losses = []
+@two_families
+@pytest.mark.parametrize("hw", [BF16, FP16], ids=["bf16", "fp16"])
+def test_mixed_precision_follows_float32(hw, family, train, examples):
+    args = make_args("--method okd --lr 1e-3 --select last --eval-every 3")
+    values = []
     for each in (CPU, hw):
-        _, _, records = train(args, tiny_pair(args, dtype=each.dtype), num_steps=3, hw=each)
-        for record in records:
-            losses += [record["train/student_loss"], record["train/teacher_loss"]]
-    assert losses[6:] == pytest.approx(losses[:6], rel=0.02)
+        networks = tiny_pair(args, family, dtype=each.dtype)
+        _, _, records = train(args, networks, 3, each, dev_rows=examples[:4])
+        items = [item for record in records for item in record.items()]
+        values.append([value for name, value in items if name.endswith(("_loss", "_ce"))])
+    assert values[1] == pytest.approx(values[0], rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["okd", "taid", "akl", "sft"])
@@ -1090,18 +1081,19 @@ def written_at(rows):
     return {row.response_ids[0] for row in rows if len(row.response_ids) == 2}
 
 
-@pytest.mark.parametrize(
-    ("flags", "share"),
-    [
-        ("--method okd", 0.0),
-        ("--method imitkd", 1.0),
-        ("--method gkd", 0.5),
-        ("--method okd --text student --anchor 0.1", 1.0),
-        ("--method opd --sgo-fraction 0.2", 0.2),
-    ],
-)
+SHARES = """
+flags                                     | share
+--method okd                              | 0
+--method gkd                              | 0.5
+--method okd --text student --anchor 0.1  | 1
+--method opd --sgo-fraction 0.2           | 0.2
+"""
+
+
+@cases(SHARES)
 def test_student_text_has_its_share_of_steps(flags, share, examples):
     args = make_args(flags)
+    share = float(share)
     state = okd.TrainState(phi=args.sgo_fraction)
     own = 0
     for step in range(400):
@@ -1136,10 +1128,12 @@ def test_adaptive_text_follows_the_rule_of_distillm(examples, monkeypatch):
     args = make_args("--method distillm")
     state = okd.TrainState(phi=0.6)
     kinds = set()
+    newest = []
     for step in range(100):
         is_full = len(state.replay) == 12
         r = random.Random(f"1, text of step {step}").random()
-        steps = written_at(okd.select_rows(args, step, 100, examples, state, Writer()))
+        rows = okd.select_rows(args, step, 100, examples, state, Writer())
+        steps = written_at(rows)
         if r >= 0.6:
             assert steps == set()
             kinds.add("gold")
@@ -1149,17 +1143,9 @@ def test_adaptive_text_follows_the_rule_of_distillm(examples, monkeypatch):
         else:
             assert steps == {step}
             kinds.add("fresh")
+            newest = (newest + rows)[-12:]
+        assert state.replay == newest
     assert kinds == {"gold", "replay", "fresh"}
-
-
-def test_replay_is_first_in_first_out(examples, monkeypatch):
-    monkeypatch.setattr(okd, "REPLAY_CAPACITY", 10)
-    args = make_args("--method distillm")
-    state = okd.TrainState(phi=1.0)
-    for step in range(3):
-        okd.select_rows(args, step, 10**9, examples, state, Writer())
-    held = [row.response_ids[0] for row in state.replay]
-    assert held == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_phi_rises_when_the_dev_loss_does():
@@ -1172,16 +1158,12 @@ def test_phi_rises_when_the_dev_loss_does():
     assert phis == pytest.approx([0.75, 0.75, 0.75, 0.85, 0.85, 0.95, 0.95, 0.95, 1.0])
 
 
-def test_each_evaluation_of_distillm_may_raise_phi(train, examples, monkeypatch):
-    losses = iter([2.0, 2.2, 2.4])
-
-    def evaluate(*_):
-        return {"student_ce": next(losses), "rouge_l": 0.0}
-
-    monkeypatch.setattr(okd, "evaluate", evaluate)
-    args = make_args("--method distillm --eval-every 1")
+def test_each_evaluation_of_distillm_may_raise_phi(train, examples, calls_of):
+    calls = calls_of("raise_phi")
+    args = make_args("--method distillm --eval-every 1 --select last")
     _, _, records = train(args, num_steps=2, dev_rows=examples[:1])
-    assert [records[1]["train/phi"], records[3]["train/phi"]] == pytest.approx([0.0, 0.1])
+    losses = [record["dev/student_ce"] for record in records[::2]]
+    assert [args[1] for args, *_ in calls] == losses
 
 
 def test_rollouts_serve_four_passes(examples, monkeypatch):
@@ -1270,7 +1252,7 @@ def sharp_model(family="gpt2", **changes):
     return tiny_model(family, seed=5, initializer_range=0.2, **changes)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@two_families
 def test_greedy_text_is_that_of_plain_forwards(family):
     model = sharp_model(family)
     prompts = [[70], [70, 71, 80], [90, 91, 92, 93, 94]]  # of unequal length: padded on the left
@@ -1315,32 +1297,32 @@ def test_sampling_is_a_function_of_the_seed():
 
 
 def test_a_long_prompt_shortens_no_others_response():
-    model = tiny_model(n_positions=20)
+    model = tiny_model(max_position_embeddings=20)
     prompts = [[70] * 3, [70] * 17]
     responses = okd.generate(model, prompts, [EOS], CPU, 9, batch_size=1)
     assert [len(ids) for ids in responses] == [9, 3]
 
 
 def test_room_is_also_that_of_the_mixtures_teacher():
-    teacher = tiny_model(n_positions=20)
+    teacher = tiny_model(max_position_embeddings=20)
     (ids,) = okd.generate(tiny_model(), [[70] * 17], [EOS], CPU, 9, teacher=teacher)
     assert len(ids) == 3
 
 
 def test_a_prompt_without_room_is_refused():
-    with pytest.raises(okd.UserError, match="a prompt of 20 tokens leaves no room"):
-        okd.generate(tiny_model(n_positions=20), [[70] * 20], [EOS], CPU, 5)
+    with user_error("a prompt of 20 tokens leaves no room"):
+        okd.generate(tiny_model(max_position_embeddings=20), [[70] * 20], [EOS], CPU, 5)
 
 
 @pytest.mark.parametrize("method", ["fkl", "okd"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@two_families
 def test_mixture_is_that_of_plain_forwards(family, method):
     """Left-padded, cached, two texts at once, against one unpadded forward for every prefix."""
     student, teacher = tiny_pair(make_args(method=method), family, lora_std=0.1)
     texts = [[70, 71, 72, 73, 74], [80, 81]]
-    mixture = okd.TeacherMixture(teacher, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]))
+    input_ids, mask = okd.left_pad(texts, 0, "cpu")
+    mixture = okd.TeacherMixture(teacher, mask)
     for new_token in (90, 91, 92):
-        input_ids = torch.tensor([texts[0], [0, 0, 0, *texts[1]]])
         z_p = next_logits(teacher, *texts)
         z_q = next_logits(student, *texts)
         with torch.no_grad():
@@ -1348,18 +1330,7 @@ def test_mixture_is_that_of_plain_forwards(family, method):
         expected = 0.2 * z_p.softmax(-1) + 0.8 * z_q.softmax(-1)
         assert_close(found, expected, atol=1e-5, rtol=1e-4)
         texts = [[*ids, new_token] for ids in texts]
-
-
-@pytest.mark.parametrize("do_sample", [False, True])
-def test_a_models_own_generation_config_changes_no_text(do_sample, tmp_path):
-    original = sharp_model()
-    original.save_pretrained(tmp_path)
-    own = {"repetition_penalty": 5.0, "min_p": 0.3, "max_new_tokens": 2}
-    (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    loaded = okd.load_model(str(tmp_path), "student", torch.float32)
-    options = {"do_sample": do_sample, "seed": 1}
-    texts = [okd.generate(model, [[70]], [EOS], CPU, 20, **options) for model in (original, loaded)]
-    assert texts[0] == texts[1]
+        input_ids = torch.nn.functional.pad(input_ids, (0, 1), value=new_token)
 
 
 # -----------------------------------------------------------------------------
@@ -1412,21 +1383,11 @@ def test_a_gpu_and_a_cpu_agree(gpu_train, train, examples):
 
 
 @needs_gpu
-def test_on_a_gpu_a_killed_run_resumes(gpu_train, examples, tmp_path, monkeypatch):
+def test_on_a_gpu_a_killed_run_resumes(gpu_train, examples, tmp_path):
     args = make_args("--method okd --save-minutes 1e-9")
     unbroken, _, _ = gpu_train(args, "fp32", examples)
-
-    learning_rate = okd.learning_rate
-
-    def killed(step, *rest):
-        if step == 2:
-            raise KeyboardInterrupt
-        return learning_rate(step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(okd, "learning_rate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            gpu_train(args, "fp32", examples, run_dir=tmp_path)
+    with killed("learning_rate", 3):
+        gpu_train(args, "fp32", examples, run_dir=tmp_path)
     resumed, _, records = gpu_train(args, "fp32", examples, run_dir=tmp_path)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert_close(resumed.state_dict(), unbroken.state_dict(), atol=1e-6, rtol=1e-4)
@@ -1435,8 +1396,19 @@ def test_on_a_gpu_a_killed_run_resumes(gpu_train, examples, tmp_path, monkeypatc
 # -----------------------------------------------------------------------------
 # Chat templates, one of each kind, and the tokens that they need beside the demo's
 
-SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<start_of_turn>"]
-SPECIAL += ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"]
+SPECIAL = [
+    "<s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<|start|>",
+    "<|channel|>",
+    "<|message|>",
+    "<|end|>",
+    "<|call|>",
+    "<|return|>",
+]
 NOT_SPECIAL = ["<end_of_turn>", "<think>", "</think>", "<tool_call>", "</tool_call>", "\n"]
 
 TEMPLATES = {}
@@ -1603,236 +1575,334 @@ def write_jsonl(path, rows):
 # -----------------------------------------------------------------------------
 # The rows of public bug reports
 
-THOUGHT = "<think>\nadd two and 0\n</think>\n\n2"
-GPT_OSS = "<|start|>system<|message|>Date: 2024-07-26<|end|><|start|>user<|message|>"
-CALLED = '{"name": "get", "arguments": {"city": "Paris"}}'
-ROW_CASES = {  # template, line, prompt, response
-    "chinese": (
-        "chatml",
-        '{"prompt": "问题0：", "response": "巴黎是法国的首都。"}',
-        "问题0：",
-        "巴黎是法国的首都。<|endoftext|>",
-    ),
-    "content_parts": (
-        "chatml",
-        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "Capital of "},'
-        ' {"type": "text", "text": "France? 0"}]}, {"role": "assistant", "content": "Paris."}]}',
-        "<|im_start|>user\nCapital of France? 0<|im_end|>\n<|im_start|>assistant\n",
-        "Paris.<|im_end|>",
-    ),
-    "input_nan": (
-        "chatml",
-        '{"instruction": "Name a colour.", "input": NaN, "output": "red"}',
-        alpaca("Name a colour."),
-        "red<|endoftext|>",
-    ),
-    "multi_turn": (
-        "qwen3",
-        '{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A?"'
-        '}, {"role": "assistant", "content": "a."}, {"role": "user", "content": "B?"}, '
-        '{"role": "assistant", "content": "b."}]}',
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nA?<|im_end|>\n"
-        "<|im_start|>assistant\na.<|im_end|>\n<|im_start|>user\nB?<|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
-        "b.<|im_end|>",
-    ),
-    "plain": (
-        "chatml",
-        '{"prompt": "say 0: ", "response": "answer 0 cat"}',
-        "say 0: ",
-        "answer 0 cat<|endoftext|>",
-    ),
-    "plain_chat": (
-        "gpt-oss",
-        '{"messages": [{"role": "user", "content": "Capital of France? 0"}, '
-        '{"role": "assistant", "content": "Paris."}]}',
-        GPT_OSS + "Capital of France? 0<|end|><|start|>assistant",
-        "<|channel|>final<|message|>Paris.<|return|>",
-    ),
-    "prompt_ends_in_eos": (
-        "chatml",
-        '{"prompt": "Does money buy happiness?<|endoftext|>", "response": "It depends."}',
-        "Does money buy happiness?<|endoftext|>",
-        "It depends.<|endoftext|>",
-    ),
-    "reasoning_content": (
-        "qwen3",
-        '{"messages": [{"role": "user", "content": "2+0?"}, '
-        '{"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}',
-        "<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n",
-        THOUGHT + "<|im_end|>",
-    ),
-    "reasoning_content, gpt-oss": (
-        "gpt-oss",
-        '{"messages": [{"role": "user", "content": "2+0?"}, '
-        '{"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}',
-        GPT_OSS + "2+0?<|end|><|start|>assistant",
-        "<|channel|>analysis<|message|>add two and 0<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>2<|return|>",
-    ),
-    "think_in_content": (
-        "qwen3",
-        r'{"messages": [{"role": "user", "content": "2+0?"}, {"role": "assistant", '
-        r'"content": "<think>\nadd two and 0\n</think>\n\n2"}]}',
-        "<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n",
-        THOUGHT + "<|im_end|>",
-    ),
-    "think_in_content, chatml": (
-        "chatml",
-        r'{"messages": [{"role": "user", "content": "2+0?"}, {"role": "assistant", '
-        r'"content": "<think>\nadd two and 0\n</think>\n\n2"}]}',
-        "<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n",
-        THOUGHT + "<|im_end|>",
-    ),
-    "thought that is set anew": (
-        "qwen3",
-        '{"messages": [{"role": "user", "content": "2+0?"}, {"role": "assistant", '
-        '"content": "<think>add two and 0</think>2"}]}',
-        "<|im_start|>user\n2+0?<|im_end|>\n<|im_start|>assistant\n",
-        THOUGHT + "<|im_end|>",
-    ),
-    "tool_call_last": (
-        "qwen3",
-        '{"messages": [{"role": "user", "content": "Weather in Paris?"}, {"role": "assistant", '
-        '"content": "Let me look.", "tool_calls": [{"type": "function", "function": '
-        '{"name": "get", "arguments": {"city": "Paris"}}}]}], "tools": [{"type": "function", '
-        '"function": {"name": "get", "parameters": {}}}]}',
-        "<|im_start|>user\nWeather in Paris?<|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
-        f"Let me look.\n<tool_call>\n{CALLED}\n</tool_call><|im_end|>",
-    ),
-    "tool call without content": (
-        "gpt-oss",
-        '{"messages": [{"role": "user", "content": "Weather?"}, {"role": "assistant", '
-        '"content": null, "tool_calls": [{"type": "function", "function": '
-        '{"name": "get", "arguments": {"city": "Paris"}}}]}]}',
-        GPT_OSS + "Weather?<|end|><|start|>assistant",
-        f"<|channel|>commentary<|message|>{CALLED}<|call|>",
-    ),
-}
+# The chat template, the row, the prompt, and behind >>> the response.
+ROW_CASES = r"""
+# chinese
+chatml
+{"prompt": "问题0：", "response": "巴黎是法国的首都。"}
+问题0：
+>>> 巴黎是法国的首都。<|endoftext|>
+
+# content_parts
+chatml
+{"messages": [{"role": "user", "content": [{"type": "text", "text": "Capital of "},
+ {"type": "text", "text": "France? 0"}]},
+ {"role": "assistant", "content": "Paris."}]}
+<|im_start|>user
+Capital of France? 0<|im_end|>
+<|im_start|>assistant
+
+>>> Paris.<|im_end|>
+
+# input_nan
+chatml
+{"instruction": "Name a colour.", "input": NaN, "output": "red"}
+Below is an instruction that describes a task. Write a response that appropriately completes the \
+request.
+
+### Instruction:
+Name a colour.
+
+### Response:
+
+>>> red<|endoftext|>
+
+# multi_turn
+qwen3
+{"messages": [{"role": "system", "content": "Be brief."},
+ {"role": "user", "content": "A?"},
+ {"role": "assistant", "content": "a."},
+ {"role": "user", "content": "B?"},
+ {"role": "assistant", "content": "b."}]}
+<|im_start|>system
+Be brief.<|im_end|>
+<|im_start|>user
+A?<|im_end|>
+<|im_start|>assistant
+a.<|im_end|>
+<|im_start|>user
+B?<|im_end|>
+<|im_start|>assistant
+<think>
+
+</think>
 
 
-@pytest.mark.parametrize(
-    ("template", "line", "prompt", "response"), ROW_CASES.values(), ids=ROW_CASES
-)
-def test_row_has_this_prompt_and_response(template, line, prompt, response):
-    assert read(line, template) == (prompt, response)
+>>> b.<|im_end|>
+
+# plain
+chatml
+{"prompt": "say 0:", "response": "answer 0 cat"}
+say 0:
+>>> answer 0 cat<|endoftext|>
+
+# plain_chat
+gpt-oss
+{"messages": [{"role": "user", "content": "Capital of France? 0"},
+ {"role": "assistant", "content": "Paris."}]}
+<|start|>system<|message|>Date: 2024-07-26<|end|><|start|>user<|message|>Capital of France? 0\
+<|end|><|start|>assistant
+>>> <|channel|>final<|message|>Paris.<|return|>
+
+# prompt_ends_in_eos
+chatml
+{"prompt": "Does money buy happiness?<|endoftext|>", "response": "It depends."}
+Does money buy happiness?<|endoftext|>
+>>> It depends.<|endoftext|>
+
+# reasoning_content
+qwen3
+{"messages": [{"role": "user", "content": "2+0?"},
+ {"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}
+<|im_start|>user
+2+0?<|im_end|>
+<|im_start|>assistant
+
+>>> <think>
+add two and 0
+</think>
+
+2<|im_end|>
+
+# reasoning_content, gpt-oss
+gpt-oss
+{"messages": [{"role": "user", "content": "2+0?"},
+ {"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}
+<|start|>system<|message|>Date: 2024-07-26<|end|><|start|>user<|message|>2+0?<|end|>\
+<|start|>assistant
+>>> <|channel|>analysis<|message|>add two and 0<|end|><|start|>assistant<|channel|>final\
+<|message|>2<|return|>
+
+# think_in_content
+qwen3
+{"messages": [{"role": "user", "content": "2+0?"},
+ {"role": "assistant", "content": "<think>\nadd two and 0\n</think>\n\n2"}]}
+<|im_start|>user
+2+0?<|im_end|>
+<|im_start|>assistant
+
+>>> <think>
+add two and 0
+</think>
+
+2<|im_end|>
+
+# think_in_content, chatml
+chatml
+{"messages": [{"role": "user", "content": "2+0?"},
+ {"role": "assistant", "content": "<think>\nadd two and 0\n</think>\n\n2"}]}
+<|im_start|>user
+2+0?<|im_end|>
+<|im_start|>assistant
+
+>>> <think>
+add two and 0
+</think>
+
+2<|im_end|>
+
+# thought that is set anew
+qwen3
+{"messages": [{"role": "user", "content": "2+0?"},
+ {"role": "assistant", "content": "<think>add two and 0</think>2"}]}
+<|im_start|>user
+2+0?<|im_end|>
+<|im_start|>assistant
+
+>>> <think>
+add two and 0
+</think>
+
+2<|im_end|>
+
+# tool_call_last
+qwen3
+{"messages": [{"role": "user", "content": "Weather in Paris?"},
+ {"role": "assistant", "content": "Let me look.",
+ "tool_calls": [{"type": "function", "function":
+ {"name": "get", "arguments": {"city": "Paris"}}}]}],
+ "tools": [{"type": "function", "function": {"name": "get", "parameters": {}}}]}
+<|im_start|>user
+Weather in Paris?<|im_end|>
+<|im_start|>assistant
+<think>
+
+</think>
 
 
-REFUSED = {  # line, what the message says
-    "content is a number": (
-        '{"messages": [{"role": "user", "content": 42}, {"role": "assistant", "content": "a"}]}',
-        "content is 42",
-    ),
-    "content is null": (
-        '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}',
-        "content is None",
-    ),
-    "content is an image": (
-        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-        "'text'",
-    ),
-    "unknown role": ('{"messages": [{"role": "judge", "content": "a"}]}', "the role 'judge'"),
-    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "not the assistant's"),
-    "no question": ('{"messages": [{"role": "assistant", "content": "a"}]}', "empty conversation"),
-    "input_and_context": (
-        '{"instruction": "Answer.", "input": "Who won?", "context": "Brazil won in 2002.", '
-        '"output": "Brazil"}',
-        "context is a second input",
-    ),
-    "prompt_and_context": (
-        '{"prompt": "Who won?", "context": "Brazil won in 1990.", "response": "Brazil"}',
-        "input has no place beside prompt",
-    ),
-    "output and response": (
-        '{"prompt": "a", "output": "b", "response": "c"}',
-        "response is a second output",
-    ),
-    "messages and response": (
-        '{"messages": [{"role": "user", "content": "a"}], "response": "b"}',
-        "output has no place beside messages",
-    ),
-    "messages and conversations": (
-        '{"messages": [{"role": "user", "content": "a"}], "conversations": [{"from": "human"}]}',
-        "conversations is a second messages",
-    ),
-    "system beside instruction": (
-        '{"system": "Be brief.", "instruction": "a", "output": "b"}',
-        "system has no place beside instruction",
-    ),
-    "history": (
-        '{"history": [["a", "b"]], "prompt": "c", "response": "d"}',
-        "history has no place",
-    ),
-    "tools beside prompt": (
-        '{"prompt": "a", "tools": [{"name": "get"}], "response": "b"}',
-        "tools has no place beside prompt",
-    ),
-    "input is a list": (
-        '{"instruction": "Sort.", "input": ["b", "a"], "output": "a b"}',
-        "list found",
-    ),
-    "instruction is an object": (
-        '{"instruction": {"text": "Sort."}, "input": "", "output": "a b"}',
-        "dict found",
-    ),
-    "input is 0": ('{"instruction": "a", "input": 0, "output": "b"}', "int found"),
-    "output is an object": ('{"prompt": "a", "output": {"text": "b"}}', "dict found"),
-    "a reference is null": ('{"prompt": "a", "output": ["b", null]}', "NoneType found"),
-    "half a surrogate pair": (r'{"prompt": "a", "output": ["b", "\ud83d"]}', "surrogates"),
-    "lost thought": (
-        '{"messages": [{"role": "user", "content": "2+0?"}, '
-        '{"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}',
-        "does not write 'add two and 0'",
-    ),
-    "lost thought of gpt-oss": (
-        '{"messages": [{"role": "user", "content": "2+0?"}, '
-        '{"role": "assistant", "content": "2", "thinking": "add two and 0"}]}',
-        "does not write 'add two and 0'",
-    ),
-    "lost tool call": (
-        '{"messages": [{"role": "user", "content": "a"}, '
-        '{"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "get"}}]}]}',
-        "does not write tools",
-    ),
-    "lost tools": (
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
-        '"tools": [{"type": "function", "function": {"name": "get"}}]}',
-        "does not write tools",
-    ),
-}
+>>> Let me look.
+<tool_call>
+{"name": "get", "arguments": {"city": "Paris"}}
+</tool_call><|im_end|>
+
+# tool call without content
+gpt-oss
+{"messages": [{"role": "user", "content": "Weather?"},
+ {"role": "assistant", "content": null,
+ "tool_calls": [{"type": "function", "function":
+ {"name": "get", "arguments": {"city": "Paris"}}}]}]}
+<|start|>system<|message|>Date: 2024-07-26<|end|><|start|>user<|message|>Weather?<|end|>\
+<|start|>assistant
+>>> <|channel|>commentary<|message|>{"name": "get", "arguments": {"city": "Paris"}}<|call|>
+"""
 
 
-@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
-def test_row_is_refused(line, message):
+@blocks("case", ROW_CASES)
+def test_row_has_this_prompt_and_response(case):
+    template, line, text = re.split(r"\n(?! )", case, maxsplit=2)
+    assert "\n>>> ".join(read(line, template)) == text
+
+
+# What the message says, and the row.
+# What the message says, and the row.
+REFUSED = r"""
+# content is a number
+content is 42
+{"messages": [{"role": "user", "content": 42}, {"role": "assistant", "content": "a"}]}
+
+# content is null
+content is None
+{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}
+
+# content is an image
+'text'
+{"messages": [{"role": "user", "content": [{"type": "image"}]}]}
+
+# unknown role
+the role 'judge'
+{"messages": [{"role": "judge", "content": "a"}]}
+
+# no answer
+not the assistant's
+{"messages": [{"role": "user", "content": "a"}]}
+
+# no question
+empty conversation
+{"messages": [{"role": "assistant", "content": "a"}]}
+
+# input_and_context
+context is a second input
+{"instruction": "Answer.", "input": "Who won?", "context": "Brazil won in 2002.",
+ "output": "Brazil"}
+
+# prompt_and_context
+input has no place beside prompt
+{"prompt": "Who won?", "context": "Brazil won in 1990.", "response": "Brazil"}
+
+# output and response
+response is a second output
+{"prompt": "a", "output": "b", "response": "c"}
+
+# messages and response
+output has no place beside messages
+{"messages": [{"role": "user", "content": "a"}], "response": "b"}
+
+# messages and conversations
+conversations is a second messages
+{"messages": [{"role": "user", "content": "a"}], "conversations": [{"from": "human"}]}
+
+# system beside instruction
+system has no place beside instruction
+{"system": "Be brief.", "instruction": "a", "output": "b"}
+
+# history
+history has no place
+{"history": [["a", "b"]], "prompt": "c", "response": "d"}
+
+# tools beside prompt
+tools has no place beside prompt
+{"prompt": "a", "tools": [{"name": "get"}], "response": "b"}
+
+# input is a list
+list found
+{"instruction": "Sort.", "input": ["b", "a"], "output": "a b"}
+
+# instruction is an object
+dict found
+{"instruction": {"text": "Sort."}, "input": "", "output": "a b"}
+
+# input is 0
+int found
+{"instruction": "a", "input": 0, "output": "b"}
+
+# output is an object
+dict found
+{"prompt": "a", "output": {"text": "b"}}
+
+# a reference is null
+NoneType found
+{"prompt": "a", "output": ["b", null]}
+
+# half a surrogate pair
+surrogates
+{"prompt": "a", "output": ["b", "\ud83d"]}
+
+# lost thought
+does not write 'add two and 0'
+{"messages": [{"role": "user", "content": "2+0?"},
+ {"role": "assistant", "content": "2", "reasoning_content": "add two and 0"}]}
+
+# lost thought of gpt-oss
+does not write 'add two and 0'
+{"messages": [{"role": "user", "content": "2+0?"},
+ {"role": "assistant", "content": "2", "thinking": "add two and 0"}]}
+
+# lost tool call
+does not write tools
+{"messages": [{"role": "user", "content": "a"},
+ {"role": "assistant", "content": "b",
+ "tool_calls": [{"function": {"name": "get"}}]}]}
+
+# lost tools
+does not write tools
+{"messages": [{"role": "user", "content": "a"},
+ {"role": "assistant", "content": "b"}],
+ "tools": [{"type": "function", "function": {"name": "get"}}]}
+"""
+
+
+@blocks("case", REFUSED)
+def test_row_is_refused(case):
+    message, line = case.split("\n", maxsplit=1)
     assert message in refusal(line)
 
 
-SAME_TEXT = {
-    "context": '{"instruction": "a", "context": "c", "response": "b"}',
-    "rendered": '{"instruction": "a", "input": "c", "output": "b", "prompt": "rendered"}',
-    "completion": '{"instruction": "a", "input": "c", "completion": ["b", "d"], "messages": null}',
-    "prompt": json.dumps({"prompt": alpaca("a", "c"), "completion": "b", "input": ""}),
-}
+SAME_TEXT = """
+# context
+{"instruction": "a", "context": "c", "response": "b"}
+
+# rendered
+{"instruction": "a", "input": "c", "output": "b", "prompt": "rendered"}
+
+# completion
+{"instruction": "a", "input": "c", "completion": ["b", "d"], "messages": null}
+"""
 
 
-@pytest.mark.parametrize("line", SAME_TEXT.values(), ids=SAME_TEXT)
+@blocks("line", SAME_TEXT)
 def test_forms_of_texts_make_alpacas_prompt(line):
     assert read(line) == (alpaca("a", "c"), "b<|endoftext|>")
 
 
 AB = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
-SAME_CHAT = {
-    "TRL": '{"prompt": [{"role": "user", "content": "a"}], '
-    '"completion": [{"role": "assistant", "content": "b"}]}',
-    "ShareGPT": '{"conversations": [{"from": "human", "value": "a"}, '
-    '{"from": "gpt", "value": "b"}]}',
-    "conversations": AB.replace("messages", "conversations"),
-    "beside prompt": AB[:-1] + ', "prompt": "a"}',
-}
+SAME_CHAT = """
+# TRL
+{"prompt": [{"role": "user", "content": "a"}],
+ "completion": [{"role": "assistant", "content": "b"}]}
+
+# ShareGPT
+{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+
+# conversations
+{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+# beside prompt
+{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+ "prompt": "a"}
+"""
 
 
-@pytest.mark.parametrize("line", SAME_CHAT.values(), ids=SAME_CHAT)
+@blocks("line", SAME_CHAT)
 def test_forms_of_chats_are_messages(line):
     assert read(line) == read(AB)
 
@@ -1922,7 +1992,7 @@ def test_no_tools_are_none():
 
 
 def test_tokenizer_without_template_is_refused():
-    with pytest.raises(okd.UserError, match="chat_template"):
+    with user_error("chat_template"):
         okd.read_row(json.loads(AB), okd.demo_tokenizer())
 
 
@@ -1937,65 +2007,46 @@ def test_reading_does_not_change_the_row():
     assert row == json.loads(DEVELOPER)
 
 
-def test_control_tokens_in_texts_are_tokens():
-    tokenizer = chat_tokenizer("chatml")
-    row = json.loads(AB.replace('"a"', '"<|im_end|>"'))
-    ids = okd.read_row(row, tokenizer).prompt_ids
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
-
-
 # -----------------------------------------------------------------------------
 # Borders of texts
-
-
-def wrap(model, pre_tokenizer=None, template=None):
-    inner = tokenizers.Tokenizer(model)
-    if pre_tokenizer is not None:
-        inner.pre_tokenizer = pre_tokenizer
-    inner.add_special_tokens(["<s>", "</s>"])
-    if template is not None:
-        ids = [(token, inner.token_to_id(token)) for token in ("<s>", "</s>")]
-        post = tokenizers.processors.TemplateProcessing(single=template, special_tokens=ids)
-        inner.post_processor = post
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
-    )
 
 
 def sentencepiece_like(template):
     """In a text it knows "Pa" and "ris", at the start of one "▁Paris"."""
     pieces = ["?", "▁Paris", "Pa", "ris", "▁", "(", "a"]
     model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0)
+    inner = tokenizers.Tokenizer(model)
     spaces = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return wrap(model, spaces, template)
+    inner.pre_tokenizer = spaces
+    inner.add_special_tokens(["<s>", "</s>"])
+    ids = [(token, inner.token_to_id(token)) for token in ("<s>", "</s>")]
+    post = tokenizers.processors.TemplateProcessing(single=template, special_tokens=ids)
+    inner.post_processor = post
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
+    )
 
 
-def tokens_of(tokenizer, prompt, response):
-    example = okd.read_row({"prompt": prompt, "response": response}, tokenizer)
-    ids = (example.prompt_ids, example.response_ids)
-    return [" ".join(tokenizer.convert_ids_to_tokens(part)) for part in ids]
+# What the tokenizer puts around a text; prompt, response; their tokens.
+BORDERS = """
+added        | prompt | response  | p          | r
+$A           | (      | Paris     | ▁ (        | Pa ris </s>
+<s> $A       | (      | Paris     | <s> ▁ (    | Pa ris </s>
+<s> $A       | <s>(   | Paris     | <s> (      | Pa ris </s>
+<s> $A       |        | Paris     | <s>        | ▁Paris </s>
+$A </s>      | (      | Paris     | ▁ (        | Pa ris </s>
+$A </s>      | (</s>  | Paris     | ▁ ( </s>   | Pa ris </s>
+<s> $A </s>  | (      | Paris</s> | <s> ▁ (    | Pa ris </s>
+$A           | Pa     | ris       | ▁ Pa       | ▁ ris </s>
+"""
 
 
-BORDERS = {  # what the tokenizer puts around a text, prompt, response, their tokens
-    "nothing added": ("$A", "(", "Paris", "▁ (", "Pa ris </s>"),
-    "BOS added": ("<s> $A", "(", "Paris", "<s> ▁ (", "Pa ris </s>"),
-    "BOS in the prompt": ("<s> $A", "<s>(", "Paris", "<s> (", "Pa ris </s>"),
-    "BOS alone": ("<s> $A", "", "Paris", "<s>", "▁Paris </s>"),
-    "EOS added": ("$A </s>", "(", "Paris", "▁ (", "Pa ris </s>"),
-    "EOS in the prompt": ("$A </s>", "(</s>", "Paris", "▁ ( </s>", "Pa ris </s>"),
-    "EOS in the response": ("<s> $A </s>", "(", "Paris</s>", "<s> ▁ (", "Pa ris </s>"),
-}
-
-
-@pytest.mark.parametrize(("added", "prompt", "response", "p", "r"), BORDERS.values(), ids=BORDERS)
+@cases(BORDERS)
 def test_texts_begin_and_end_once(added, prompt, response, p, r):
-    assert tokens_of(sentencepiece_like(added), prompt, response) == [p, r]
-
-
-def test_no_token_spans_the_border():
-    vocab = {"a": 0, "b": 1, "ab": 2}
-    model = tokenizers.models.BPE(vocab=vocab, merges=[("a", "b")])
-    assert tokens_of(wrap(model), "a", "b") == ["a", "b </s>"]
+    tokenizer = sentencepiece_like(added)
+    example = okd.read_row(pair(prompt, response), tokenizer)
+    ids = (example.prompt_ids, example.response_ids)
+    assert [" ".join(tokenizer.convert_ids_to_tokens(part)) for part in ids] == [p, r]
 
 
 def test_stop_ids_are_eos_and_ends_of_turns():
@@ -2068,20 +2119,18 @@ def test_context_turns_are_counted(capsys):
 
 
 def test_no_row_left_says_why():
-    with pytest.raises(
-        okd.UserError, match="1 with answer, which is not read; .*; 1 dropped: no prompt"
-    ):
+    with user_error("1 with answer, which is not read; .*; 1 dropped: no prompt"):
         read_rows([{"question": "ask", "answer": "say"}])
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3"])
 def test_line_without_object_is_named(line):
-    with pytest.raises(okd.UserError, match="here, line 3: it is not a JSON object"):
+    with user_error("here, line 3: it is not a JSON object"):
         okd.read_rows("here", [LINE, "", line], okd.demo_tokenizer(), 8, 12)
 
 
 def test_refused_row_is_named():
-    with pytest.raises(okd.UserError, match="here, line 2: content is 3"):
+    with user_error("here, line 2: content is 3"):
         read_rows([pair(), {"messages": [{"role": "user", "content": 3}]}])
 
 
@@ -2089,18 +2138,15 @@ LINE = json.dumps(pair())
 FORMATS = {
     "JSON array": f"[{LINE}]".encode(),
     "gzip": gzip.compress(LINE.encode()),
-    "parquet": b"PAR1\x15\x04\x15\x00",
-    "CSV": b"prompt,response\nask,say\n",
     "UTF-16": LINE.encode("utf-16"),
     "UTF-16 without mark": LINE.encode("utf-16-le"),
-    "Latin-1": '{"prompt": "é"}'.encode("latin-1"),
 }
 
 
 @pytest.mark.parametrize("content", FORMATS.values(), ids=FORMATS)
 def test_other_formats_are_refused(content, tmp_path):
     (tmp_path / "rows").write_bytes(content)
-    with pytest.raises(okd.UserError, match="rows is in another format: make it JSONL, UTF-8"):
+    with user_error("rows is in another format: make it JSONL, UTF-8"):
         okd.read_lines(tmp_path / "rows")
 
 
@@ -2123,8 +2169,8 @@ MANY = [pair(f"ask {i}", "say") for i in range(2000)]
 
 def test_a_twentieth_each_is_held_out():
     parts = list(split(MANY).values())
-    shares = [parts.count(part) / 2000 for part in ("dev", "test", "train")]
-    assert shares == pytest.approx([0.05, 0.05, 0.9], abs=0.015)
+    shares = [parts.count(part) / 2000 for part in PARTS]
+    assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.015)
 
 
 def test_part_depends_on_no_other_row():
@@ -2133,50 +2179,59 @@ def test_part_depends_on_no_other_row():
     assert fewer == {n: parts[n + 1000] for n in fewer}
 
 
-SIZES = {1: ["train"], 2: ["dev", "train"], 3: ["dev", "test", "train"]}
+PARTS = ["train", "dev", "test"]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_small_files_fill_parts_in_order(size):
-    assert all(
-        sorted(split(MANY[i : i + size]).values()) == SIZES[size] for i in range(0, 1500, size)
-    )
-
-
-@pytest.mark.parametrize("size", [4, 10, 30])
-def test_no_part_is_empty(size):
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 10, 30])
+def test_parts_are_filled_in_order(size):
     for start in range(0, 1990, size):
-        parts = split(MANY[start : start + size])
-        assert set(parts.values()) == {"dev", "test", "train"}
+        assert set(split(MANY[start : start + size]).values()) == set(PARTS[:size])
 
 
-HASHED_ALIKE = {
-    "response": ['{"prompt": "a", "response": "b"}', '{"prompt": "a", "response": "c"}'],
-    "other field": ['{"id": 1, "prompt": "a"}', '{"prompt": "a", "id": 2}'],
-    "chat": [AB, AB.replace("b", "c")],
-    "key order": [
-        AB,
-        AB.replace('"role": "user", "content": "a"', '"content": "a", "role": "user"'),
-    ],
-    "instruction": list(SAME_TEXT.values())[:2],
-}
+HASHED_ALIKE = """
+# response
+{"prompt": "a", "response": "b"}
+{"prompt": "a", "response": "c"}
+
+# other field
+{"id": 1, "prompt": "a"}
+{"prompt": "a", "id": 2}
+
+# chat
+{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]}
+
+# key order
+{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+{"messages": [{"content": "a", "role": "user"}, {"role": "assistant", "content": "b"}]}
+"""
 
 
-@pytest.mark.parametrize("lines", HASHED_ALIKE.values(), ids=HASHED_ALIKE)
+@blocks("lines", HASHED_ALIKE)
 def test_one_prompt_has_one_hash(lines):
-    assert okd.prompt_hash(lines[0]) == okd.prompt_hash(lines[1])
+    one, other = map(okd.prompt_hash, lines.split("\n"))
+    assert one == other
 
 
-HASHED_APART = {
-    "prompt": ['{"prompt": "a", "response": "b"}', '{"prompt": "b", "response": "b"}'],
-    "input": ['{"instruction": "a", "input": "b"}', '{"instruction": "a", "input": "c"}'],
-    "chat": [AB, AB.replace('"a"', '"c"')],
-}
+HASHED_APART = """
+# prompt
+{"prompt": "a", "response": "b"}
+{"prompt": "b", "response": "b"}
+
+# input
+{"instruction": "a", "input": "b"}
+{"instruction": "a", "input": "c"}
+
+# chat
+{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+{"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "b"}]}
+"""
 
 
-@pytest.mark.parametrize("lines", HASHED_APART.values(), ids=HASHED_APART)
+@blocks("lines", HASHED_APART)
 def test_other_prompts_have_other_hashes(lines):
-    assert okd.prompt_hash(lines[0]) != okd.prompt_hash(lines[1])
+    one, other = map(okd.prompt_hash, lines.split("\n"))
+    assert one != other
 
 
 def load_file(path, max_prompt_length=99):
@@ -2192,7 +2247,7 @@ def mixed(tmp_path):
 
 def prompts_of(data):
     prompts = {}
-    for part in ("train", "dev", "test"):
+    for part in PARTS:
         prompts[part] = {row.prompt for row in data[part]}
     return prompts
 
@@ -2204,7 +2259,7 @@ def test_no_prompt_is_in_two_parts(mixed):
 
 def test_every_row_is_in_a_part(mixed):
     data = load_file(mixed)
-    assert sum(len(data[part]) for part in ("train", "dev", "test")) == 600
+    assert sum(len(data[part]) for part in PARTS) == 600
 
 
 def test_dropped_rows_move_no_other(mixed):
@@ -2225,17 +2280,10 @@ def test_held_out_rows_follow_their_hashes(mixed):
     assert lines == sorted(lines, key=okd.prompt_hash)
 
 
-def test_one_row_is_trained_on(tmp_path):
-    data = load_file(write_jsonl(tmp_path / "rows.jsonl", [pair()]))
-    assert [len(data[part]) for part in ("train", "dev", "test")] == [1, 0, 0]
-
-
 def test_no_training_row_left_is_refused(tmp_path):
-    lines = sorted([json.dumps(pair(prompt)) for prompt in "abc"], key=okd.prompt_hash)
-    lines[2] = lines[2].replace("say", "")  # the largest hash is in train
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    with pytest.raises(okd.UserError, match="no row is left to train on"):
-        load_file(tmp_path / "rows.jsonl")
+    rows = [pair("a"), pair("c"), pair("b", "")]  # the largest hash is in train
+    with user_error("no row is left to train on"):
+        load_file(write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
 def test_dolly_is_split_as_published(monkeypatch):
@@ -2244,12 +2292,12 @@ def test_dolly_is_split_as_published(monkeypatch):
 
     monkeypatch.setattr(okd, "hub_lines", hub_lines)
     data = load_file(None)
-    ends = [data[part][at].prompt for part, at in (("dev", -1), ("train", 0), ("test", 0))]
+    ends = [data["dev"][-1].prompt, data["train"][0].prompt, data["test"][0].prompt]
     assert ends == ["raw.jsonl 999", "raw.jsonl 1000", "valid.jsonl 0"]
 
 
 def test_hub_that_is_offline_is_one_line():
-    with pytest.raises(okd.UserError, match="cannot get raw.jsonl of the dataset MiniLLM/dolly"):
+    with user_error("cannot get raw.jsonl of the dataset MiniLLM/dolly"):
         okd.hub_lines("MiniLLM/dolly", "raw.jsonl")
 
 
@@ -2259,10 +2307,9 @@ def test_hub_that_is_offline_is_one_line():
 
 def test_demo_parts_share_no_prompt():
     data = vars(okd.load_data("demo", None, okd.demo_tokenizer(), 99, 99))
-    sizes = [len(data[part]) for part in ("train", "dev", "test", "pretraining")]
-    rows = data["train"] + data["dev"] + data["test"] + data["pretraining"]
-    assert sizes == [400, 200, 1200, 4000]
-    assert len({row.prompt for row in rows}) == 5800
+    parts = [data[part] for part in (*PARTS, "pretraining")]
+    assert [len(rows) for rows in parts] == [400, 200, 1200, 4000]
+    assert len({row.prompt for rows in parts for row in rows}) == 5800
 
 
 def test_demo_rows_are_known():
@@ -2271,271 +2318,118 @@ def test_demo_rows_are_known():
     assert second == pair("first of ri, tufi\n", ["it is ri", "ri", "the first is ri"])
 
 
-@pytest.mark.parametrize("text", [" two  words\n", "é都😀", "it 's .", "", "\x00\t"])
-def test_demo_tokenizer_adds_nothing(text):
+def test_demo_tokenizer_adds_nothing():
+    text = " two  words\né都😀, it 's .\x00\t"
     tokenizer = okd.demo_tokenizer()
     ids = tokenizer(text).input_ids
     assert bytes(ids) == text.encode()
     assert tokenizer.decode(ids) == text
 
 
-def test_demo_tokenizer_survives_saving(tmp_path):
-    okd.demo_tokenizer().save_pretrained(tmp_path)
-    tokenizer = okd.load_tokenizer(str(tmp_path))
-    assert tokenizer(" a<|endoftext|>").input_ids == [32, 97, tokenizer.eos_token_id]
-
-
-def test_demo_tokenizer_has_one_added_token():
-    tokenizer = okd.load_tokenizer("demo")
-    assert list(tokenizer.added_tokens_decoder) == [tokenizer.eos_token_id] == [256]
-
-
 def test_tokenizer_without_eos_is_refused(tmp_path):
     tokenizer = okd.demo_tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(okd.UserError, match="no EOS"):
+    with user_error("no EOS"):
         okd.load_tokenizer(str(tmp_path))
-
-
-def test_missing_tokenizer_is_one_line(tmp_path):
-    with pytest.raises(okd.UserError, match="cannot load the tokenizer of"):
-        okd.load_tokenizer(str(tmp_path))
-
-
-def test_equal_tokenizers_are_one(capsys):
-    teacher = okd.demo_tokenizer()
-    assert okd.one_tokenizer(teacher, okd.demo_tokenizer()) is teacher
-    assert capsys.readouterr().out == ""
 
 
 def test_reserved_tokens_may_differ(capsys):
     teacher = chat_tokenizer("chatml")
     student = okd.demo_tokenizer()
-    student.add_tokens(SPECIAL + NOT_SPECIAL, special_tokens=True)
-    student.add_tokens(["<reserved>"], special_tokens=True)
+    student.add_tokens([*SPECIAL, *NOT_SPECIAL, "<reserved>"], special_tokens=True)
     assert okd.one_tokenizer(teacher, student) is teacher
     assert "teacher's tokenizer" in capsys.readouterr().out
 
 
-def test_ordinary_tokens_may_not_differ():
-    student = okd.demo_tokenizer()
-    student.add_tokens(["word"])
-    with pytest.raises(okd.UserError, match="differ in tokens, such as .'word'."):
-        okd.one_tokenizer(okd.demo_tokenizer(), student)
+ROUGE = """
+prediction| references | score
+巴黎是首都。 | 巴黎是首都      | 100
+巴黎         | 巴黎是首都      | 57.142857
+МОСКВА       | москва          | 100
+की            | का               | 50
+Paris        | 巴黎 / Paris!   | 100
+GPT 好       | GPT 都          | 100
+a            | !?              | 0
+"""
 
 
-def test_english_rouge_is_rouge_scores_own():
-    prediction = "The cats sat on 2 mats."
-    references = ["A cat is sitting on the mat", "2 cats", "café au lait"]
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    best = scorer.score_multi(references, prediction)["rougeL"].fmeasure
-    assert okd.rouge_l(prediction, references) == 100 * best > 0
-
-
-ROUGE = {  # prediction, references, F
-    "equal": ("巴黎是首都。", ["巴黎是首都"], 100),
-    "a part": ("巴黎", ["巴黎是首都"], 200 * 1 * 0.4 / 1.4),
-    "case": ("МОСКВА", ["москва"], 100),
-    "marks count": ("की", ["का"], 50),
-    "best of two scripts": ("Paris", ["巴黎", "Paris!"], 100),
-    "mostly ASCII": ("GPT 好", ["GPT 都"], 100),
-    "no letters": ("a", ["!?"], 0),
-}
-
-
-@pytest.mark.parametrize(("prediction", "references", "score"), ROUGE.values(), ids=ROUGE)
+@cases(ROUGE)
 def test_rouge_of_other_scripts(prediction, references, score):
-    assert okd.rouge_l(prediction, references) == pytest.approx(score)
+    found = okd.rouge_l(prediction, references.split(" / "))
+    assert found == pytest.approx(float(score))
 
-
-FAMILY_VOCAB = 384  # of ByT5's tokenizer, which needs no download
-FAMILY_EOS = 1
 
 # -----------------------------------------------------------------------------
 # Families
 
-FAMILY_SHAPE = {
-    "vocab_size": FAMILY_VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": FAMILY_EOS,
-    "eos_token_id": FAMILY_EOS,
-}
-MOE = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24}
-MLA = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 24,
-}
-TEXT_SHAPE = {**FAMILY_SHAPE, "head_dim": 8}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,  # deeper than the decoder
-    "num_attention_heads": 4,
-    "image_size": 28,
-}
-GEMMA4 = {
-    **TEXT_SHAPE,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": FAMILY_VOCAB,
-}
-LLAMA = "model.layers self_attn.q_proj self_attn.v_proj"
-GPT2_PATHS = "transformer.h attn.c_attn"
-BLOOM = "transformer.h self_attention.query_key_value"
-GEMMA3 = "model.language_model.layers self_attn.q_proj self_attn.v_proj"
 # Path of the blocks and, in each block, the modules that --lora-targets auto names.
-FAMILIES = {
-    "gpt2": (GPT2_PATHS, {}),
-    "gpt_neo": (
-        "transformer.h attn.attention.q_proj attn.attention.v_proj",
-        {"attention_types": [[["global", "local"], 2]], "window_size": 8},
-    ),
-    "gpt_neox": ("gpt_neox.layers attention.query_key_value", {}),
-    "gptj": ("transformer.h attn.q_proj attn.v_proj", {"rotary_dim": 4}),
-    "opt": (
-        "model.decoder.layers self_attn.q_proj self_attn.v_proj",
-        {"ffn_dim": 48, "word_embed_proj_dim": 16},
-    ),
-    "bloom": (BLOOM, {}),
-    "mpt": ("transformer.blocks attn.Wqkv", {"max_seq_len": 64}),
-    "falcon": (BLOOM, {}),
-    "llama": (LLAMA, {}),
-    "llama4_text": (LLAMA, {**MOE, "head_dim": 8, "intermediate_size_mlp": 48}),
-    "mistral": (LLAMA, {}),
-    "mixtral": (LLAMA, MOE),
-    "qwen2": (LLAMA, {}),
-    "qwen3": (LLAMA, {}),
-    "qwen3_moe": (LLAMA, {**MOE, "head_dim": 8, "num_experts_per_tok": 2}),
-    "gemma2": (LLAMA, {"head_dim": 8, "final_logit_softcapping": 2.0}),
-    "gemma3": (GEMMA3, {"text_config": TEXT_SHAPE, "vision_config": VISION}),
-    "phi": (LLAMA, {}),
-    "phi3": ("model.layers self_attn.qkv_proj", {}),
-    "olmo2": (LLAMA, {}),
-    "smollm3": (LLAMA, {}),
-    "granite": (LLAMA, {"logits_scaling": 4.0}),
-    "cohere": (LLAMA, {"logit_scale": 0.25}),
-    "deepseek_v3": (
-        "model.layers self_attn.q_a_proj self_attn.q_b_proj self_attn.kv_a_proj_with_mqa "
-        "self_attn.kv_b_proj self_attn.o_proj",
-        MLA,
-    ),
-    "gpt_oss": (LLAMA, {**MOE, "head_dim": 8}),
-    "mamba": ("backbone.layers mixer.in_proj", {"state_size": 8}),
-    "falcon_h1": (
-        LLAMA,
-        {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "lm_head_multiplier": 0.5},
-    ),
-    "gemma4": (GEMMA3, {"text_config": GEMMA4, "vision_config": VISION, "audio_config": None}),
-    "modernbert-decoder": ("model.layers attn.q_proj attn.v_proj", {}),
-}
+# Path of the blocks and, in each block, the modules that --lora-targets auto names.
+TARGETS = """
+gpt2                transformer.h attn.c_attn
+gpt_neo             transformer.h attn.attention.q_proj attn.attention.v_proj
+gpt_neox            gpt_neox.layers attention.query_key_value
+gptj                transformer.h attn.q_proj attn.v_proj
+opt                 model.decoder.layers self_attn.q_proj self_attn.v_proj
+bloom               transformer.h self_attention.query_key_value
+mpt                 transformer.blocks attn.Wqkv
+falcon              transformer.h self_attention.query_key_value
+llama               model.layers self_attn.q_proj self_attn.v_proj
+llama4_text         model.layers self_attn.q_proj self_attn.v_proj
+mistral             model.layers self_attn.q_proj self_attn.v_proj
+mixtral             model.layers self_attn.q_proj self_attn.v_proj
+qwen2               model.layers self_attn.q_proj self_attn.v_proj
+qwen3               model.layers self_attn.q_proj self_attn.v_proj
+qwen3_moe           model.layers self_attn.q_proj self_attn.v_proj
+gemma2              model.layers self_attn.q_proj self_attn.v_proj
+gemma3              model.language_model.layers self_attn.q_proj self_attn.v_proj
+phi                 model.layers self_attn.q_proj self_attn.v_proj
+phi3                model.layers self_attn.qkv_proj
+olmo2               model.layers self_attn.q_proj self_attn.v_proj
+smollm3             model.layers self_attn.q_proj self_attn.v_proj
+granite             model.layers self_attn.q_proj self_attn.v_proj
+cohere              model.layers self_attn.q_proj self_attn.v_proj
+deepseek_v3         model.layers self_attn.q_a_proj self_attn.q_b_proj \
+                    self_attn.kv_a_proj_with_mqa self_attn.kv_b_proj self_attn.o_proj
+gpt_oss             model.layers self_attn.q_proj self_attn.v_proj
+mamba               backbone.layers mixer.in_proj
+falcon_h1           model.layers self_attn.q_proj self_attn.v_proj
+gemma4              model.language_model.layers self_attn.q_proj self_attn.v_proj
+modernbert-decoder  model.layers attn.q_proj attn.v_proj
+"""
+FAMILIES = dict(line.split(maxsplit=1) for line in TARGETS.strip().splitlines())
+ROWS = [make_row([11, 12, 13, 14, 15, 16], [21, 22, 23, EOS]), make_row([31, 32], [41, EOS])]
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def tiny_config(family):
-    return transformers.AutoConfig.for_model(family, **{**FAMILY_SHAPE, **FAMILIES[family][1]})
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+@every_family
+def test_decoder_and_head_equal_an_unpadded_forward(family, adapted):
+    model = tiny_model(family)
+    if adapted:
+        model = with_lora(model)
+    found = okd.Trunk(model, okd.collate(ROWS, "cpu"), CPU).log_probs(slice(None))
+    assert_close(found, plain_log_probs(model, ROWS), rtol=1e-4, atol=1e-4)
 
 
-def family_model(family="gpt2"):
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family))
-    with torch.no_grad():  # a fresh head is nearly uniform: spread it, so that errors show
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
+@every_family
+def test_exactly_the_lora_of_top_blocks_trains(family):
+    model = okd.add_lora(tiny_model(family), rank=4, scale=1.0, top_layers=2)
+    trained = set()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            trained.add(name.removeprefix("base_model.model.").split(".lora_")[0])
+    blocks, *names = FAMILIES[family].split()
+    assert trained == {f"{blocks}.{number}.{name}" for number in (2, 3) for name in names}
 
 
-def tiny_lora(family="gpt2", **options):
-    """A model with LoRA whose B is not 0, as if it had been trained."""
-    model = okd.add_lora(family_model(family), rank=4, scale=2.0, **options)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-FAMILY_ROWS = [
-    make_row([11, 12, 13, 14, 15, 16], [21, 22, 23, FAMILY_EOS]),
-    make_row([31, 32], [41, FAMILY_EOS]),
-]
-
-
-@torch.no_grad()
-def whole_logits(model, rows=FAMILY_ROWS):
-    """Logits before every response token, from one unpadded forward per row: the reference."""
-    logits = []
-    for row in rows:
-        input_ids = torch.tensor([row.prompt_ids + row.response_ids])
-        first = len(row.prompt_ids) - 1
-        logits.append(model(input_ids=input_ids, use_cache=False).logits[0, first:-1])
-    return torch.cat(logits)
-
-
-@torch.no_grad()
-def states_of(model):
-    """Hidden states before every response token, from one batch that is padded on the right."""
-    ids = [torch.tensor(row.prompt_ids + row.response_ids) for row in FAMILY_ROWS]
-    input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=FAMILY_EOS)
-    hidden = okd.decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-    states = []
-    for row, row_states in zip(FAMILY_ROWS, hidden, strict=True):
-        first = len(row.prompt_ids) - 1
-        states.append(row_states[first : first + len(row.response_ids)])
-    return torch.cat(states)
-
-
-def head_logits(model, states):
-    return okd.head_of(model)(inputs_embeds=states[None], use_cache=False).logits.squeeze(0)
-
-
-@pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_decoder_and_head_equal_an_unpadded_forward(family, with_lora):
-    model = tiny_lora(family) if with_lora else family_model(family)
-    expected = whole_logits(model)
-    assert_close(head_logits(model, states_of(model)), expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(whole_logits(model), expected)  # the model itself is untouched
-
-
-def expected_targets(family, numbers):
-    blocks, *names = FAMILIES[family][0].split()
-    return {f"{blocks}.{number}.{name}" for number in numbers for name in names}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_auto_targets_query_and_value_of_top_blocks(family):
-    modules = okd.lora_modules(family_model(family), "auto", top_layers=2)
-    assert set(modules) == expected_targets(family, [2, 3])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_exactly_the_lora_of_all_blocks_trains(family):
-    model = okd.add_lora(family_model(family), rank=4, scale=1.0)
-    prefix = "base_model.model."
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    modules = {name.removeprefix(prefix).split(".lora_")[0] for name in trained}
-    assert modules == expected_targets(family, range(4))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_model_loads_with_equal_logits(family, save):
-    model = family_model(family)
-    loaded = okd.load_model(save(model), "student", torch.float32)
-    assert_close(whole_logits(loaded), whole_logits(model), rtol=1e-5, atol=1e-5)
+@every_family
+def test_a_saved_model_loads_with_equal_logits(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    loaded = load_folder(tmp_path, "student")
+    assert_close(plain_logits(loaded, ROWS), plain_logits(model, ROWS), rtol=1e-5, atol=1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -2544,9 +2438,8 @@ def test_a_saved_model_loads_with_equal_logits(family, save):
 
 def test_hybrid_models_get_targets_block_by_block():
     linear_attention = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 8}
-    config = transformers.Qwen3_5TextConfig(**FAMILY_SHAPE, **linear_attention, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    model = tiny_model("qwen3_5_text", **linear_attention, **sizes)
     assert set(okd.lora_modules(model, "auto", top_layers=2)) == {
         "model.layers.2.linear_attn.in_proj_qkv",
         "model.layers.3.self_attn.q_proj",
@@ -2559,50 +2452,39 @@ def last_names(modules):
 
 
 def test_all_linear_leaves_experts_and_routers_out():
-    modules = okd.lora_modules(family_model("mixtral"), "all-linear", top_layers=0)
+    modules = okd.lora_modules(tiny_model("mixtral"), "all-linear", top_layers=0)
     assert last_names(modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_all_linear_leaves_the_head_out():
-    modules = okd.lora_modules(family_model(), "all-linear", top_layers=0)
+    modules = okd.lora_modules(tiny_model(), "all-linear", top_layers=0)
     assert last_names(modules) == {"c_attn", "c_proj", "c_fc"}
 
 
 def test_named_targets_are_matched_by_last_name():
-    modules = okd.lora_modules(family_model("llama"), "o_proj,down_proj", top_layers=1)
+    modules = okd.lora_modules(tiny_model("llama"), "o_proj,down_proj", top_layers=1)
     assert modules == ["model.layers.3.self_attn.o_proj", "model.layers.3.mlp.down_proj"]
 
 
-def test_fresh_lora_changes_no_logit():
-    model = okd.add_lora(family_model(), rank=4, scale=1.0)
-    assert torch.equal(whole_logits(model), whole_logits(family_model()))
+MISFITS = """
+family      | targets       | top_layers | message
+llama       | q_proj,c_attn | 0          | down_proj.*q_proj
+llama       | lm_head       | 0          | down_proj.*q_proj
+llama       | auto          | 5          | only 4 layers
+deepseek_v3 | all-linear    | 0          | peft .*layers.0.mlp.down_proj
+mamba       | out_proj      | 0          | does not fit
+"""
 
 
-@pytest.mark.parametrize(
-    ("family", "targets", "top_layers", "message"),
-    [
-        ("llama", "q_proj,c_attn", 0, "down_proj.*q_proj"),
-        ("llama", "lm_head", 0, "down_proj.*q_proj"),
-        ("llama", "auto", 5, "only 4 layers"),
-        ("deepseek_v3", "all-linear", 0, "peft .*layers.0.mlp.down_proj"),
-        ("mamba", "out_proj", 0, "does not fit"),
-    ],
-    ids=["unknown", "head", "too-many-layers", "moved-to-experts", "peft-refuses"],
-)
+@cases(MISFITS)
 def test_lora_that_does_not_fit_is_refused(family, targets, top_layers, message):
-    with pytest.raises(okd.UserError, match=message):
-        okd.add_lora(family_model(family), 4, 1.0, targets, top_layers)
-
-
-def test_blocks_are_the_decoders_below_deep_vision():
-    assert len(okd.blocks_of(family_model("gemma3"))) == 4
+    with user_error(message):
+        okd.add_lora(tiny_model(family), 4, 1.0, targets, int(top_layers))
 
 
 def test_a_model_without_decoder_is_refused():
-    config = transformers.BertConfig(**FAMILY_SHAPE)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(okd.UserError, match="bert"):
-        okd.decoder_of(model)
+    with user_error("bert"):
+        okd.decoder_of(tiny_model("bert"))
 
 
 # -----------------------------------------------------------------------------
@@ -2610,145 +2492,109 @@ def test_a_model_without_decoder_is_refused():
 
 
 @pytest.fixture
-def save(tmp_path):
-    """save(model, change) -> folder; change(weights, config) edits what is written."""
-
-    def write(model, change=None):
-        folder = tmp_path / "model"
-        weights = model.state_dict()
-        if change is None:
-            model.save_pretrained(folder)
-            return str(folder)
-        weights = {name: weight.clone() for name, weight in weights.items()}
-        change(weights, model.config)
-        model.config.save_pretrained(folder)
-        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        return str(folder)
-
-    return write
+def adapter(tmp_path):
+    """The folder of a model's LoRA; its base lies beside it."""
+    model = with_lora(tiny_model())
+    tiny_model().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
-@pytest.fixture
-def save_adapter(tmp_path):
-    """save_adapter(model) -> folder of its LoRA; the base lies beside it."""
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**read_json(path), **changes}))
 
-    def write(model):
-        base = tmp_path / "base"
-        family_model().save_pretrained(base)
-        model.peft_config["default"].base_model_name_or_path = str(base)
-        model.save_pretrained(tmp_path / "adapter")
-        return tmp_path / "adapter"
 
-    return write
+def edit_weights(path, change):
+    weights = safetensors.torch.load_file(path)
+    change(weights)
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
 
 
 def load_folder(folder, role="teacher", dtype=torch.float32):
     return okd.load_model(str(folder), role, dtype)
 
 
-def add_prefix(prefix):
-    def change(weights, config):
-        for name in list(weights):
-            weights[prefix + name] = weights.pop(name)
-
-    return change
+def compiled(weights):
+    for name in list(weights):
+        weights[f"_orig_mod.{name}"] = weights.pop(name)
 
 
-def drop_head(weights, config):
+def headless(weights):
     del weights["lm_head.weight"]
 
 
-def one_layer_more(weights, config):
-    config.num_hidden_layers += 1
-
-
-def longer_vocabulary(weights, config):
-    config.vocab_size += 8
+def shorter(weights):
+    weights["lm_head.weight"] = weights["lm_head.weight"][:9]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (add_prefix("_orig_mod."), "lacks 39 weights"),
-        (add_prefix("module."), "lacks 39 weights"),
-        (add_prefix("base_model.model."), "lacks 39 weights"),
-        (drop_head, r"lacks 1 weights .*\['lm_head.weight'\]"),
-        (one_layer_more, "lacks 9 weights .*model.layers.4"),
-        (longer_vocabulary, "lacks 2 weights .*lm_head.*embed_tokens"),
+        (compiled, "lacks 39 weights"),
+        (headless, "lacks 1 weights .*'lm_head.weight'"),
+        (shorter, "lacks 1 weights .*'lm_head.weight'"),
     ],
-    ids=["compiled", "ddp", "peft", "headless", "layer-missing", "vocabulary"],
 )
-def test_a_folder_that_lacks_weights_is_refused(change, message, save):
-    folder = save(family_model("llama"), change)
-    with pytest.raises(okd.UserError, match=message):
-        load_folder(folder)
-
-
-def test_extra_weights_load_with_a_note(save, capsys):
-    def add_value_head(weights, config):
-        weights["value_head.weight"] = torch.zeros(1, 32)
-
-    load_folder(save(family_model("llama"), add_value_head))
-    assert (
-        "1 weights have no place in the model, such as ['value_head.weight']"
-        in capsys.readouterr().out
-    )
-
-
-def test_pickled_weights_are_refused(tmp_path):
-    model = family_model()
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(okd.UserError, match="cannot load the teacher .*HF_HOME"):
+def test_a_folder_that_lacks_weights_is_refused(change, message, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    edit_weights(tmp_path / "model.safetensors", change)
+    with user_error(message):
         load_folder(tmp_path)
 
 
-def test_an_adapter_is_merged_onto_its_base(save_adapter):
-    model = tiny_lora()
-    merged = load_folder(save_adapter(model))
+def test_extra_weights_load_with_a_note(tmp_path, capsys):
+    def add_value_head(weights):
+        weights["value_head.weight"] = torch.zeros(1, 32)
+
+    tiny_model().save_pretrained(tmp_path)
+    edit_weights(tmp_path / "model.safetensors", add_value_head)
+    load_folder(tmp_path)
+    note = "1 weights have no place in the model, such as ['value_head.weight']"
+    assert note in capsys.readouterr().out
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with user_error("cannot load the teacher .*HF_HOME"):
+        load_folder(tmp_path)
+
+
+def test_an_adapter_is_merged_onto_its_base(adapter):
+    merged = load_folder(adapter)
     assert not isinstance(merged, peft.PeftModel)
-    assert_close(whole_logits(merged), whole_logits(model))
+    assert_close(plain_logits(merged, ROWS), plain_logits(with_lora(tiny_model()), ROWS))
 
 
-def test_every_weight_of_a_merged_student_trains(save_adapter):
-    student = load_folder(save_adapter(tiny_lora()), "student")
+def test_every_weight_of_a_merged_student_trains(adapter):
+    student = load_folder(adapter, "student")
     assert all(weight.requires_grad for weight in student.parameters())
 
 
-def test_an_adapter_is_merged_before_rounding(save_adapter):
-    folder = save_adapter(tiny_lora())
-    rounded = load_folder(folder, dtype=torch.bfloat16).state_dict()
-    exact = load_folder(folder).bfloat16().state_dict()
+def test_an_adapter_is_merged_before_rounding(adapter):
+    rounded = load_folder(adapter, dtype=torch.bfloat16).state_dict()
+    exact = load_folder(adapter).bfloat16().state_dict()
     assert_close(rounded, exact, rtol=0, atol=0)
 
 
 def test_merging_leaves_rotary_frequencies_in_float32(tmp_path):
-    tiny_lora("llama").save_pretrained(tmp_path)
-    merged = okd.merge_adapter(family_model("llama"), tmp_path, torch.bfloat16)
+    with_lora(tiny_model("llama")).save_pretrained(tmp_path)
+    merged = okd.merge_adapter(tiny_model("llama"), tmp_path, torch.bfloat16)
     assert merged.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def beside_weights(folder):
-    family_model().save_pretrained(folder)
+    tiny_model().save_pretrained(folder)
 
 
 def without_base(folder):
-    config = peft.PeftConfig.from_pretrained(folder)
-    config.base_model_name_or_path = None
-    config.save_pretrained(folder)
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=None)
 
 
-def half_of_the_weights(folder):
-    path = folder / "adapter_model.safetensors"
-    weights = safetensors.torch.load_file(path)
-    kept = {name: weight for name, weight in weights.items() if "lora_A" in name}
-    safetensors.torch.save_file(kept, path, {"format": "pt"})
-
-
-def own_base(folder):
-    config = peft.PeftConfig.from_pretrained(folder)
-    config.base_model_name_or_path = str(folder)
-    config.save_pretrained(folder)
+def one_weight_less(folder):
+    edit_weights(folder / "adapter_model.safetensors", dict.popitem)
 
 
 @pytest.mark.parametrize(
@@ -2756,89 +2602,77 @@ def own_base(folder):
     [
         (beside_weights, "both whole weights and an adapter"),
         (without_base, "base_model_name_or_path"),
-        (half_of_the_weights, "does not fit its base model, such as .*lora_B"),
-        (own_base, "cannot load the teacher"),
+        (one_weight_less, "does not fit its base model, such as .*lora_"),
     ],
 )
-def test_a_broken_adapter_is_refused(damage, message, save_adapter):
-    folder = save_adapter(tiny_lora())
-    damage(folder)
-    with pytest.raises(okd.UserError, match=message):
-        load_folder(folder)
+def test_a_broken_adapter_is_refused(damage, message, adapter):
+    damage(adapter)
+    with user_error(message):
+        load_folder(adapter)
 
 
 def test_a_student_without_trainable_weight_is_refused():
-    with pytest.raises(okd.UserError, match="no trainable weights"):
-        okd.make_optimizer(family_model().requires_grad_(False), 0.0)
+    with user_error("no trainable weights"):
+        okd.make_optimizer(tiny_model().requires_grad_(False), 0.0)
 
 
-def test_the_folders_generation_config_is_never_sampled_with(save):
-    model = family_model()
+@pytest.fixture
+def penalized(tmp_path):
+    """A model that came with generation options of its own."""
+    model = tiny_model()
     model.generation_config.repetition_penalty = 1.5
-    loaded = load_folder(save(model))
-    assert loaded.generation_config.to_diff_dict().keys() == {"transformers_version"}
+    model.save_pretrained(tmp_path)
+    return load_folder(tmp_path)
 
 
-def test_saving_keeps_generation_config_with_our_stops(save, tmp_path):
-    model = family_model()
-    model.generation_config.repetition_penalty = 1.5
-    loaded = load_folder(save(model))
-    okd.save_model(loaded, transformers.ByT5Tokenizer(), tmp_path / "saved", [1, 5])
+def test_the_folders_generation_config_is_never_sampled_with(penalized):
+    assert penalized.generation_config.to_diff_dict().keys() == {"transformers_version"}
+
+
+def test_saving_keeps_generation_config_with_our_stops(penalized, tmp_path):
+    okd.save_model(penalized, okd.demo_tokenizer(), tmp_path / "saved", [1, 5])
     saved = transformers.GenerationConfig.from_pretrained(tmp_path / "saved")
     assert (saved.repetition_penalty, saved.eos_token_id) == (1.5, [1, 5])
 
 
 def test_router_logits_are_switched_off(tmp_path):
-    model = family_model("mixtral")
-    model.config.output_router_logits = True
-    model.save_pretrained(tmp_path)
+    tiny_model("mixtral", output_router_logits=True).save_pretrained(tmp_path)
     assert load_folder(tmp_path).config.output_router_logits is False
 
 
-def test_gelu_new_is_computed_in_one_kernel(save):
-    model = family_model()
-    assert model.config.activation_function == "gelu_new"
-    assert load_folder(save(model)).config.activation_function == "gelu_pytorch_tanh"
+def test_gelu_new_is_computed_in_one_kernel(tmp_path):
+    tiny_model(activation_function="gelu_new").save_pretrained(tmp_path)
+    assert load_folder(tmp_path).config.activation_function == "gelu_pytorch_tanh"
 
 
-@pytest.mark.parametrize(("role", "width"), [("teacher", 128), ("student", 64)])
-def test_the_demo_has_bytes_and_an_end_token(role, width):
-    config = okd.load_model("demo", role, torch.float32).config
-    assert (config.vocab_size, config.eos_token_id, config.n_embd) == (257, 256, width)
+def test_the_demo_has_bytes_and_an_end_token():
+    config = okd.load_model("demo", "student", torch.float32).config
+    assert (config.vocab_size, config.eos_token_id) == (257, 256)
 
 
 # -----------------------------------------------------------------------------
 # Before any training: what the configs tell
 
 
-def check(source, rows=FAMILY_ROWS, max_length=64):
-    model = okd.empty_model(str(source), "student")
-    okd.check_fits(model, "student", rows, transformers.ByT5Tokenizer(), max_length)
-
-
-def save_config(folder, config):
+def check(folder, config, max_length=64):
     config.save_pretrained(folder)
-    return folder
-
-
-def test_fitting_rows_are_accepted(tmp_path):
-    check(save_config(tmp_path, tiny_config("llama")))
+    okd.check_fits(
+        okd.empty_model(str(folder), "student"), "student", ROWS, okd.demo_tokenizer(), max_length
+    )
 
 
 def test_a_token_beyond_the_head_is_named(tmp_path):
-    folder = save_config(tmp_path, transformers.LlamaConfig(**{**FAMILY_SHAPE, "vocab_size": 41}))
-    with pytest.raises(okd.UserError, match="token '&' of the data has number 41"):
-        check(folder)
+    with user_error("of the data has number 256"):
+        check(tmp_path, tiny_config("llama", vocab_size=256))
 
 
 def test_rows_beyond_the_positions_are_refused(tmp_path):
-    with pytest.raises(okd.UserError, match="--max-length 65"):
-        check(save_config(tmp_path, tiny_config("mpt")), max_length=65)
+    with user_error("--max-length 65"):
+        check(tmp_path, transformers.MptConfig(max_seq_len=64), max_length=65)
 
 
-def test_an_adapter_has_the_positions_of_its_base(save_adapter):
-    with pytest.raises(okd.UserError, match="--max-length 65"):
-        check(save_adapter(tiny_lora()), max_length=65)
+def test_an_adapter_has_its_bases_config(adapter):
+    assert okd.load_config(str(adapter), "student").model_type == "gpt2"
 
 
 def test_bloom_has_no_last_position():
@@ -2847,8 +2681,8 @@ def test_bloom_has_no_last_position():
 
 @pytest.mark.parametrize("family", ["rwkv", "bart", "recurrent_gemma", "zamba2"])
 def test_a_family_that_misreads_padding_is_refused(family, tmp_path):
-    with pytest.raises(okd.UserError, match=f"is a {family}"):
-        check(save_config(tmp_path, transformers.AutoConfig.for_model(family)))
+    with user_error(f"is a {family}"):
+        check(tmp_path, transformers.AutoConfig.for_model(family))
 
 
 # -----------------------------------------------------------------------------
@@ -2860,39 +2694,42 @@ SHORT_RUN = (
     "--teacher-sft-epochs 0 --student-sft-epochs 0 --save-minutes 0"
 )
 SAVE_EACH_STEP = "--save-minutes 1e-9"
+SHORT_EVAL = "--max-new-tokens 5 --precision fp32 --sample-batch-size 2 --limit 5"
 
 
-def call(flags, code=0):
-    """okd.main must exit with `code`. Returns what it prints; with 2 the one line on stderr."""
+def call(flags, code=0, program=okd):
+    """program.main must exit with `code`. Returns what it prints; an error is one line."""
     out = io.StringIO()
     err = io.StringIO()
     found = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            okd.main(flags.split())
+            program.main(flags.split())
         except SystemExit as end:
             found = end.code
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert found == code, err.getvalue()
+    out = out.getvalue()
+    err = err.getvalue()
+    assert found == code, err
     if code == 2:
-        assert err.getvalue().count("\n") == 1
-        return err.getvalue()
-    return out.getvalue() + err.getvalue()
+        assert err.count("\n") == 1 + err.count("skipped: ")
+    return out + err
 
 
 class Job:
-    """One command: okd.py on small models, which lie in a folder of its own."""
+    """One command: okd.py, or eval.py, on small models, which lie in a folder of its own."""
 
     def __init__(self, folders, path, family="gpt2"):
         self.path = path
         self.folder = path / "run"
         self.cache = path / "cache"
         self.models = shutil.copytree(folders / family, path / "models")
+        self.student = self.models / "student"
         self.rows = self.models / "rows.jsonl"
         self.flags = (
-            f"{SHORT_RUN} --teacher {self.models}/teacher --student {self.models}/student "
+            f"{SHORT_RUN} --teacher {self.models}/teacher --student {self.student} "
             f"--data {self.rows} --output-dir {self.folder} --cache-dir {self.cache}"
         )
 
@@ -2902,18 +2739,25 @@ class Job:
     def resume(self, more="", code=0):
         return call(f"--resume {self.folder} {more}", code)
 
+    def evaluate(self, more="--greedy", checkpoints=""):
+        """Scores the student, and other checkpoints, on the first five rows."""
+        flags = f"--data {self.rows} --output-dir {self.path}/results {SHORT_EVAL} {more}"
+        return call(f"{checkpoints} {self.student} {flags}", program=okd_eval)
+
+    def results(self):
+        return read_json(self.student / "results.json")
+
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, tokenizer):
     root = tmp_path_factory.mktemp("models")
-    lines = [json.dumps(row) + "\n" for row in okd.demo_rows(60, seed=1)]
     for family in ("gpt2", "llama"):
         for seed, role in enumerate(("teacher", "student")):
             model = tiny_model(family, seed)
             model.config.resid_pdrop = 0.1  # GPT-2 has dropout: a resumed run repeats it
             model.save_pretrained(root / family / role)
             tokenizer.save_pretrained(root / family / role)
-        (root / family / "rows.jsonl").write_text("".join(lines))
+        write_jsonl(root / family / "rows.jsonl", okd.demo_rows(60, seed=1))
     return root
 
 
@@ -2953,9 +2797,9 @@ def die():
     raise Killed
 
 
-def on_call(monkeypatch, target, number, action):
-    """Before call `number` of okd.<target>, action() runs."""
-    original = getattr(okd, target)
+def on_call(monkeypatch, target, number, action, owner=okd):
+    """Before call `number` of okd's `target`, action() runs."""
+    original = getattr(owner, target)
     calls = []
 
     def wrapped(*args, **kwargs):
@@ -2964,7 +2808,7 @@ def on_call(monkeypatch, target, number, action):
             action()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(okd, target, wrapped)
+    monkeypatch.setattr(owner, target, wrapped)
 
 
 @contextlib.contextmanager
@@ -2993,9 +2837,12 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def weights_of(folder, name="student"):
-    (path,) = (folder / name).glob("*.safetensors")
-    return safetensors.torch.load_file(path)
+def weights_of(folder, model="*"):
+    """Of the student, of the online module, or of both."""
+    weights = {}
+    for path in folder.glob(f"{model}/*.safetensors"):
+        weights |= safetensors.torch.load_file(path)
+    return weights
 
 
 def timeless(folder):
@@ -3040,70 +2887,39 @@ def test_given_folder_that_exists_is_refused(job):
     assert list(job.folder.iterdir()) == []
 
 
-def test_failed_start_makes_no_folder(job, monkeypatch):
-    on_call(monkeypatch, "load_data", 1, full_disk)
-    job(code=2)
-    assert not job.folder.exists()
-
-
-def test_label_is_kept_from_the_start(job):
-    with killed("train"):
-        job("--method fkl --temperature 2 --seed 3")
-    label = read_json(job.folder / "args.json")["label"]
-    assert label.startswith("fkl temperature=2.0 lora_rank=2 epochs=99.0")
-    assert "seed" not in label
-
-
 def test_test_rows_are_left_as_they_were(whole):
-    lines = whole.rows.read_text().splitlines()
-    parts = okd.split_lines(lines)
-    expected = [lines[number - 1] for number, part in parts.items() if part == "test"]
-    assert (whole.folder / "test.jsonl").read_text().splitlines() == expected
-
-
-def test_dropped_rows_move_no_test_row(whole, job):
-    job("--max-prompt-length 12 --max-steps 1 --score-rows 0 --eval-rows 0")
     lines = (whole.folder / "test.jsonl").read_text().splitlines()
-    short = [line for line in lines if len(json.loads(line)["prompt"]) <= 12]
-    assert 0 < len(short) < len(lines)
-    assert (job.folder / "test.jsonl").read_text().splitlines() == short
+    assert lines == load_file(whole.rows)["test_lines"]
+    assert set(lines) < set(whole.rows.read_text().splitlines())
 
 
 # -----------------------------------------------------------------------------
 # What a run leaves
 
 
-def test_model_card_has_the_hubs_metadata(whole):
+def test_model_card_says_how_it_was_made(whole):
     card = huggingface_hub.ModelCard.load(whole.folder / "student" / "README.md")
     assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "text-generation"
-    assert card.data.base_model == f"{whole.models}/student"
-    assert "knowledge-distillation" in card.data.tags
-
-
-def test_model_card_says_how_it_was_made(whole):
-    card = (whole.folder / "student" / "README.md").read_text()
+    assert card.data.base_model == str(whole.student)
     final = read_metrics(whole.folder)[-1]
-    for text in (f"{whole.models}/teacher", str(whole.rows), "- method: okd", "- command: "):
-        assert text in card
-    assert f"rouge_l: {final['final/rouge_l']:.6g}" in card
+    for text in ("- method: okd", str(whole.rows), f"- rouge_l: {final['final/rouge_l']:.6g}"):
+        assert text in card.text
 
 
 def test_student_keeps_the_dtype_it_came_in(job):
-    tiny_model(seed=1, dtype=torch.bfloat16).save_pretrained(job.models / "student")
+    tiny_model(dtype=torch.bfloat16).save_pretrained(job.student)
     job("--max-steps 1")
-    assert {weight.dtype for weight in weights_of(job.folder).values()} == {torch.bfloat16}
+    dtypes = {weight.dtype for weight in weights_of(job.folder, "student").values()}
+    assert dtypes == {torch.bfloat16}
 
 
 def test_pipeline_answers_as_the_run_did(job):
     """All rows have one response, which the student learns by heart."""
-    rows = [json.loads(line) for line in job.rows.read_text().splitlines()]
-    lines = [json.dumps({"prompt": row["prompt"], "response": "yes"}) for row in rows]
-    job.rows.write_text("\n".join(lines))
+    write_jsonl(job.rows, [{**row, "response": "yes"} for row in read_jsonl(job.rows)])
     job("--method sft --lr 1e-2 --max-steps 40 --eval-every 40")
     assert read_metrics(job.folder)[-1]["final/rouge_l"] == 100
     pipeline = transformers.pipeline("text-generation", model=str(job.folder / "student"))
-    prompt = json.loads((job.folder / "test.jsonl").read_text().splitlines()[0])["prompt"]
+    prompt = read_jsonl(job.folder / "test.jsonl")[0]["prompt"]
     assert pipeline(prompt)[0]["generated_text"] == prompt + "yes"
 
 
@@ -3112,14 +2928,8 @@ def test_module_loads_from_another_working_directory(job, monkeypatch):
     job("--teacher teacher --lr 1e-2")
     monkeypatch.chdir(job.path)
     model = peft.AutoPeftModelForCausalLM.from_pretrained(job.folder / "teacher_lora")
-    saved = weights_of(job.folder, "teacher_lora")
-    loaded = peft.get_peft_model_state_dict(model)
-    assert_close({name: loaded[name] for name in saved}, saved)
-
-
-def test_module_lies_beside_its_tokenizer(whole, tokenizer):
-    saved = transformers.AutoTokenizer.from_pretrained(whole.folder / "teacher_lora")
-    assert saved.get_vocab() == tokenizer.get_vocab()
+    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert_close(loaded, weights_of(job.folder, "teacher_lora"))
 
 
 def test_table_has_dashes_for_what_was_not_asked(job):
@@ -3141,7 +2951,7 @@ def test_best_student_survives_a_kill(job, monkeypatch):
         job(f"--eval-every 1 {SAVE_EACH_STEP}")
     job.resume()
     assert read_metrics(job.folder)[-1]["final/dev_step"] == 2
-    for name, weight in weights_of(job.folder).items():
+    for name, weight in weights_of(job.folder, "student").items():
         assert_close(weight, students[2][name], rtol=0, atol=0)
 
 
@@ -3162,12 +2972,6 @@ def test_killed_run_ends_bit_identical(method, job, monkeypatch):
         job.resume()
     assert "resumed after step 3" in job.resume()
     assert_same_run(job.folder, job.path / "whole")
-
-
-def test_module_is_resumed_bit_identical(stopped, whole):
-    stopped.resume()
-    ours = weights_of(stopped.folder, "teacher_lora")
-    assert_close(ours, weights_of(whole.folder, "teacher_lora"), rtol=0, atol=0)
 
 
 def test_kill_before_the_first_checkpoint_begins_again(job, whole):
@@ -3264,18 +3068,12 @@ def test_signal_in_the_last_evaluation_is_heard(job, whole, monkeypatch):
     assert_same_run(job.folder, whole.folder)
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # torch's writer raises its own
-def test_full_disk_keeps_the_old_checkpoint(kind, job, whole, monkeypatch):
-    save = torch.save
-
-    def write_half(checkpoint, file):
-        if checkpoint["state"].step == 3:
-            file.write(b"half")
-            raise kind("No space left on device")
-        save(checkpoint, file)
+def test_full_disk_keeps_the_old_checkpoint(job, whole, monkeypatch):
+    def fail():  # as torch's writer does
+        raise RuntimeError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", write_half)
+        on_call(patch, "save", 3, fail, torch)
         assert "No space left on device" in job(SAVE_EACH_STEP, code=2)
     assert list(job.folder.glob("*.tmp")) == []
     assert "resumed after step 2" in job.resume()
@@ -3304,19 +3102,14 @@ def test_record_cut_in_the_middle_is_reported_again(stopped, whole):
 # -----------------------------------------------------------------------------
 # What a resumed run accepts
 
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 FIXED = "--method fkl|--seed 2|--data x|--lr 1|--alpha 0|--teacher x|--lora-rank 3|--no-shard"
 
 
 @pytest.mark.parametrize("flag", FIXED.split("|"))
 def test_resume_takes_no_other_flag(flag, stopped):
-    before = contents(stopped.folder)
+    before = [path.stat() for path in sorted(stopped.folder.rglob("*"))]
     assert f"{flag.split()[0]}: a resumed run keeps its flags" in stopped.resume(flag, code=2)
-    assert contents(stopped.folder) == before
+    assert [path.stat() for path in sorted(stopped.folder.rglob("*"))] == before
 
 
 def test_allowed_flags_take_effect(stopped):
@@ -3334,12 +3127,6 @@ def test_flags_that_save_memory_are_said(stopped):
     assert "only up to rounding" in stopped.resume(flags)
 
 
-def test_args_json_is_written_once(stopped):
-    before = (stopped.folder / "args.json").read_bytes()
-    stopped.resume("--log-every 2")
-    assert (stopped.folder / "args.json").read_bytes() == before
-
-
 def test_resume_needs_a_run(tmp_path):
     assert "no run was begun there" in call(f"--resume {tmp_path}", code=2)
 
@@ -3349,9 +3136,8 @@ def test_run_that_ended_is_not_resumed(whole):
 
 
 def test_resume_refuses_another_number_of_processes(stopped):
-    record = read_json(stopped.folder / "args.json")
-    record["began_with"]["processes"] = 2
-    (stopped.folder / "args.json").write_text(json.dumps(record))
+    path = stopped.folder / "args.json"
+    edit_json(path, began_with={**read_json(path)["began_with"], "processes": 2})
     assert "processes changed since the run began (then 2, now 1)" in stopped.resume(code=2)
 
 
@@ -3445,8 +3231,7 @@ def test_warm_start_follows_its_own_flags(role, name, warm, tmp_path):
 def test_edited_config_is_fine_tuned_anew(job):
     flags = f"{WARM} --teacher-sft-epochs 0"
     job(flags)
-    config = job.models / "student" / "config.json"
-    config.write_text(config.read_text().replace("1e-05", "1e-06"))
+    edit_json(job.student / "config.json", layer_norm_epsilon=1e-6)
     job(f"{flags} --output-dir {job.path}/other")
     assert len(list(job.cache.glob("student-*"))) == 2
 
@@ -3471,31 +3256,13 @@ def test_fingerprint_is_that_of_a_copy(folders, tmp_path):
     assert okd.fingerprint(str(copied)) == okd.fingerprint(str(source))
 
 
-def test_failed_warm_start_leaves_no_temporary_folder(job, monkeypatch):
-    on_call(monkeypatch, "save_model", 1, full_disk)
-    assert "No space left on device" in job(WARM, code=2)
-    assert list(job.cache.iterdir()) == []
-
-
-def test_weights_not_finite_are_never_kept(job, monkeypatch):
-    original = okd.train
-
-    def train(args, state, student, *rest, **named):
-        state = original(args, state, student, *rest, **named)
-        next(student.parameters()).data[0] = math.nan
-        return state
-
-    monkeypatch.setattr(okd, "train", train)
+def test_weights_not_finite_are_never_kept(job):
+    model = tiny_model()
+    model.transformer.wpe.weight.data[-1] = math.nan  # a position that no row reaches
+    model.save_pretrained(job.student)
     flags = f"{WARM} --teacher-sft-epochs 0"
     assert "weights are not finite; they are not kept" in job(flags, code=2)
     assert list(job.cache.iterdir()) == []
-
-
-def test_weights_that_began_not_finite_are_named(job):
-    model = tiny_model(seed=0)
-    model.lm_head.weight.data[0] = math.nan
-    model.save_pretrained(job.models / "teacher")
-    assert "the first teacher_ce is nan: some weights are not finite" in job(code=2)
 
 
 # -----------------------------------------------------------------------------
@@ -3515,10 +3282,6 @@ def test_seconds_of_cached_states_are_counted(job, monkeypatch):
     assert read_metrics(job.folder)[-1]["final/distil_s"] > 0.4
 
 
-def test_peak_of_a_cpu_is_the_processs(whole):
-    assert "final/process_peak_gb" in read_metrics(whole.folder)[-1]
-
-
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", True)])
 def test_fp32_leaves_tf32_off(precision, tf32, monkeypatch):
     matmul = types.SimpleNamespace(allow_tf32=False)
@@ -3533,6 +3296,12 @@ def test_fp32_leaves_tf32_off(precision, tf32, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # Weights & Biases
+
+
+def values_of(updates):
+    """wandb's updates -> {name: value}"""
+    items = [item for update in updates for item in update.update]
+    return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
 
 
 @pytest.fixture(scope="session")
@@ -3559,20 +3328,15 @@ def test_wandb_has_every_step_once(tracked):
 def test_wandb_groups_runs_by_label(tracked):
     folder, records = tracked
     label = read_json(folder / "args.json")["label"]
-    for record in records:
-        if record.HasField("run"):
-            assert (record.run.run_group, record.run.job_type) == (label, "train")
+    groups = {record.run.run_group for record in records if record.HasField("run")}
+    assert groups == {label}
 
 
 def test_wandb_has_the_flags(tracked):
-    _, records = tracked
-    config = {}
-    for record in records:
-        for item in record.run.config.update:
-            config[item.key] = json.loads(item.value_json)
-    assert config["method"] == "fkl"
-    assert config["temperature"] == 2.0
-    assert config["label"].startswith("fkl temperature=2.0")
+    folder, records = tracked
+    record = read_json(folder / "args.json")
+    assert record["label"].startswith("fkl temperature=2.0")
+    assert record.items() <= values_of(each.run.config for each in records).items()
 
 
 def test_wandb_id_is_legal_and_ones_own(tracked):
@@ -3583,20 +3347,13 @@ def test_wandb_id_is_legal_and_ones_own(tracked):
 
 def test_wandb_summary_has_the_final_scores(tracked):
     folder, records = tracked
-    summary = {}
-    for record in records:
-        for item in record.summary.update:
-            summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
     final = read_metrics(folder)[-1]
-    assert summary["final/rouge_l"] == final["final/rouge_l"]
-    assert summary["final/distil_s"] == final["final/distil_s"]
+    del final["phase"], final["step"]
+    assert final.items() <= values_of(each.summary for each in records).items()
 
 
 def test_wandb_that_cannot_start_is_one_line(job, monkeypatch):
-    def fail(**settings):
-        raise wandb.errors.CommError("unreachable")
-
-    monkeypatch.setattr(wandb, "init", fail)
+    on_call(monkeypatch, "init", 1, full_disk, wandb)
     assert "wandb cannot start; go on by --resume" in job(f"--track {WARM}", code=2)
     assert not job.cache.exists()
     job.resume("--no-track")
@@ -3620,64 +3377,50 @@ def test_wandb_failing_at_the_end_loses_nothing(job, monkeypatch):
 # Help and mistakes
 
 
-def help_text(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    return " ".join(call("--help").replace("│", " ").split())
-
-
-def test_help_shows_the_real_jobs_defaults(monkeypatch):
-    text = help_text(monkeypatch)
-    for name, default in (("teacher", "gpt2-xl"), ("lr", "0.0001"), ("epochs", "20")):
-        assert re.search(rf"--{name} [^(]*(\([^)]*\)[^(]*)*\(default: {default}", text), name
-
-
 def test_every_flag_has_a_help_text(monkeypatch):
-    text = help_text(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")
+    text = " ".join(call("--help").replace("│", " ").split())
     for field in fields(okd.Args):
-        assert re.search(
-            rf"--{field.name.replace('_', '-')}[ ,].*?[a-z]+ [a-z]+.*?\(default:", text
-        )
+        flag = field.name.replace("_", "-")
+        assert re.search(rf"--{flag}[ ,].*?[a-z]+ [a-z]+.*?\(default:", text)
+    assert "(default: gpt2-xl)" in text  # of the real job, not of the demo
 
 
-MISTAKES = [
-    ("--alpha 1.5", "--alpha is 1.5: it must lie in [0, 1]"),
-    ("--lr nan", "--lr is nan"),
-    ("--batch-size 0", "--batch-size is 0"),
-    ("--ab-alpha 0 --ab-beta 0", "both 0"),
-    ("--text student", "needs --anchor"),
-    ("--method gkd --student-ce-weight 0.5", "there is no gold token"),
-    ("--method distillm --eval-rows 0", "needs --eval-rows"),
-    ("--cache-teacher", "the states of a moving teacher change"),
-    ("--shard", "--shard needs several processes"),
-    ("--device toaster", "--device toaster cannot be used here"),
-    ("--data nowhere.jsonl", "cannot read nowhere.jsonl"),
-    ("--teacher ./nowhere", "cannot load the tokenizer of ./nowhere"),
-    ("--max-length 999", "--max-length 999 is beyond the last position of"),
-    ("--lora-targets q_projj", "--lora-targets q_projj: name some of"),
-    ("--lora-top-layers 9", "the model has only 4 layers"),
-]
+MISTAKES = """
+flags                                    | message
+--alpha 1.5                              | --alpha is 1.5: it must lie in [0, 1]
+--lr nan                                 | --lr is nan
+--batch-size 0                           | --batch-size is 0
+--ab-alpha 0 --ab-beta 0                 | both 0
+--text student                           | needs --anchor
+--method gkd --student-ce-weight 0.5     | there is no gold token
+--method distillm --eval-rows 0          | needs --eval-rows
+--cache-teacher                          | the states of a moving teacher change
+--shard                                  | --shard needs several processes
+--device toaster                         | --device toaster cannot be used here
+--data nowhere.jsonl                     | cannot read nowhere.jsonl
+--teacher ./nowhere                      | cannot load the tokenizer of ./nowhere
+--max-length 999                         | --max-length 999 is beyond the last position of
+--lora-targets q_projj                   | --lora-targets q_projj: name some of
+--lora-top-layers 9                      | the model has only 4 layers
+"""
 
 
-@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+@cases(MISTAKES)
 def test_mistakes_are_one_line_before_any_training(flags, message, job):
     assert message in job(f"{WARM} {flags}", code=2)
     assert not job.folder.exists()
     assert not job.cache.exists()
 
 
-def test_malformed_row_is_named(job):
-    job.rows.write_text(job.rows.read_text() + "{nonsense")
-    assert f"{job.rows}, line 61: it is not a JSON object" in job(code=2)
-
-
 def test_other_tokenizer_is_one_line(job):
-    transformers.ByT5Tokenizer().save_pretrained(job.models / "student")
+    transformers.ByT5Tokenizer().save_pretrained(job.student)
     assert "teacher and student differ in tokens" in job(code=2)
 
 
 def test_out_of_memory_names_the_flags(job, monkeypatch):
     def fail():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError
 
     on_call(monkeypatch, "train_micro_batch", 1, fail)
     line = job(code=2)
@@ -3697,89 +3440,10 @@ def test_two_processes_equal_one(flags, folders, tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
     one = tmp_path / "one"
     job(f"{flags.replace('--shard', '')} --output-dir {one} --cache-dir {tmp_path}/other")
-    for name in ("student", "teacher_lora"):
-        assert_close(weights_of(job.folder, name), weights_of(one, name), atol=1e-5, rtol=1e-3)
+    assert_close(weights_of(job.folder), weights_of(one), atol=1e-5, rtol=1e-3)
     for ours, theirs in zip(timeless(job.folder), timeless(one), strict=True):
         assert ours.pop("phase") == theirs.pop("phase")
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
-
-
-SHORT = ["--greedy", "--max-new-tokens", "5", "--precision", "fp32", "--sample-batch-size", "2"]
-
-
-def scored_model(tokenizer, seed):
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=64,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(seed)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():  # a fresh head is nearly uniform: spread it, so that errors show
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture
-def save_model(tmp_path, tokenizer):
-    """save_model(name, seed) -> folder of a tiny model"""
-
-    def save(name, seed=1):
-        folder = tmp_path / name
-        scored_model(tokenizer, seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return save
-
-
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    prompts = ("spell ab", "shout cd", "double ef", "swap g, h", "first of i, j")
-    lines = [f'{{"prompt": "{prompt}", "response": "abc"}}' for prompt in prompts]
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture
-def run_eval(tmp_path, capsys, monkeypatch):
-    """run_eval(*flags) -> what eval.py prints; it must end with the exit code `code`"""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags, code=0):
-        try:
-            okd_eval.main([str(flag) for flag in flags])
-            found = 0
-        except SystemExit as end:
-            found = end.code
-        captured = capsys.readouterr()
-        assert found == code, captured
-        return captured.out + captured.err
-
-    return run
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """A list that gets (prompts, options) of every call of okd.generate."""
-    calls = []
-    original = okd.generate
-
-    def generate(model, prompts, *args, **kwargs):
-        calls.append((prompts, kwargs))
-        return original(model, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(okd, "generate", generate)
-    return calls
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 def write_run(folder, label="fkl", seed=1, problem="p", eval_steps=(0, 10), **flags):
@@ -3794,16 +3458,15 @@ def write_run(folder, label="fkl", seed=1, problem="p", eval_steps=(0, 10), **fl
     return flags
 
 
-def make_checkpoint(folder, scores=(), **run):
+def make_checkpoint(folder, scores=(1.0,), **run):
     """A run as eval.py knows it once the set "d" is scored: a score per row."""
     flags = write_run(folder, **run)
     (folder / "generations").mkdir()
-    lines = [f'{{"row": {row}, "score": {score}}}' for row, score in enumerate(scores)]
-    (folder / "generations" / "g").write_text("\n".join(lines))
+    records = [{"row": row, "score": score} for row, score in enumerate(scores)]
+    write_jsonl(folder / "generations" / "g", records)
     name = folder.name
-    label = flags["label"]
-    checkpoint = okd_eval.Checkpoint(name, label, name, folder, flags, None, [], CPU, 1)
-    mean = sum(scores) / max(1, len(scores))
+    checkpoint = okd_eval.Checkpoint(name, flags["label"], name, folder, flags, None, [], CPU, 1)
+    mean = sum(scores) / len(scores)
     checkpoint.results["d"] = {"data": "d", "rouge_l": mean, "std": None, "generations": ["g"]}
     return checkpoint
 
@@ -3819,24 +3482,18 @@ def compare(runs, baseline=None):
 # Scores, protocol, sets
 
 
-def test_rouge_l_by_hand(tmp_path, tokenizer, save_model, run_eval, monkeypatch):
-    answers = {"a": "the cat sat", "b": "one two", "c": ""}
-    data = tmp_path / "set.jsonl"
-    data.write_text(
-        """{"prompt": "a", "response": "the cat was sat on"}
-        {"prompt": "b", "response": ["x", "one two"]}
-        {"prompt": "c", "response": "y"}"""
-    )
+def test_rouge_l_by_hand(job, monkeypatch):
+    answers = {b"a": b"The cats sat.", b"b": b"one two", b"c": b""}
 
-    def generate(model, prompts, *args, **kwargs):
-        texts = [answers[tokenizer.decode(ids)] for ids in prompts]
-        return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    def generate(model, prompts, *args, **options):
+        return [list(answers[bytes(ids)]) for ids in prompts]
 
     monkeypatch.setattr(okd, "generate", generate)
-    folder = save_model("model")
-    assert "58.33" in run_eval(folder, "--data", data, *SHORT)
-    (result,) = results_of(folder)
-    assert result["rouge_l"] == pytest.approx((75 + 100 + 0) / 3)
+    references = {"a": "the cat was sat on", "b": ["x", "one two"], "c": "y"}
+    write_jsonl(job.rows, [pair(*item) for item in references.items()])
+    assert "58.33" in job.evaluate()
+    (result,) = job.results()
+    assert result["rouge_l"] == pytest.approx((75 + 100 + 0) / 3)  # "cats" is stemmed
     assert (result["rows"], result["empty_outputs"], result["cut_prompts"]) == (3, 1, 0)
 
 
@@ -3858,135 +3515,125 @@ def test_default_protocol_is_that_of_published_results():
 def test_greedy_is_one_pass_without_a_ban():
     protocol, seeds = okd_eval.protocol_of(okd_eval.Args(("x",), greedy=True))
     assert (protocol["decoding"], protocol["no_repeat_ngram_size"]) == ("greedy", 0)
-    assert len(seeds) == 1
+    assert seeds == [0]
 
 
-@pytest.mark.parametrize(("bos", "kept"), [(None, "cdef"), ("a", "adef")])
-def test_long_prompts_lose_their_beginning_but_bos(tokenizer, monkeypatch, bos, kept):
-    bos_id = bos and tokenizer(bos).input_ids[0]
-    monkeypatch.setattr(type(tokenizer), "bos_token_id", bos_id, raising=False)
-    lines = ['{"prompt": "abcdef", "response": "x"}', "", '{"prompt": "ab", "response": "y"}']
+@pytest.mark.parametrize(("bos", "kept"), [("x", b"cdef"), ("a", b"adef")])
+def test_long_prompts_lose_their_beginning_but_bos(bos, kept):
+    tokenizer = okd.demo_tokenizer()
+    tokenizer.bos_token = bos
+    lines = [json.dumps(pair("abcdef")), "", json.dumps(pair("ab"))]
     examples, num_cut = okd_eval.read_examples("set", lines, tokenizer, 4)
-    assert [tokenizer.decode(example.prompt_ids) for example in examples] == [kept, "ab"]
+    assert [bytes(example.prompt_ids) for example in examples] == [kept, b"ab"]
     assert num_cut == 1
 
 
-def test_a_run_is_scored_on_its_own_rows(tmp_path, rows):
+def test_a_run_is_scored_on_its_own_rows(tmp_path):
     run = make_checkpoint(tmp_path / "run", data="train.jsonl", teacher="demo")
-    rows.rename(tmp_path / "run" / "test.jsonl")
-    assert len(okd_eval.default_sets(run, 3)["test"]) == 3
+    write_jsonl(run.folder / "test.jsonl", [pair()] * 3)
+    assert okd_eval.default_sets(run, 2) == {"test": [json.dumps(pair())] * 2}
 
 
 def test_a_run_of_the_demo_gets_its_rows(tmp_path):
     run = make_checkpoint(tmp_path / "run", data=None, teacher="demo")
-    (line,) = okd_eval.default_sets(run, 1)["demo"]
-    assert set(json.loads(line)) == {"prompt", "response"}
+    assert len(okd_eval.default_sets(run, 1)["demo"]) == 1
 
 
 def test_stop_tokens_of_the_models_folder_count(tokenizer):
-    model = scored_model(tokenizer, 1)
+    model = tiny_model()
     model.own_generation_config = transformers.GenerationConfig(eos_token_id=[7, 8])
     checkpoint = types.SimpleNamespace(tokenizer=tokenizer, model=model)
-    assert okd_eval.stop_ids_of(checkpoint, []) == [tokenizer.eos_token_id, 7, 8]
+    assert okd_eval.stop_ids_of(checkpoint, []) == [EOS, 7, 8]
 
 
 # -----------------------------------------------------------------------------
 # Results: stored, resumed, shared
 
 
-def test_an_interrupted_pass_is_resumed_exactly(save_model, rows, run_eval, calls):
-    folder = save_model("model")
-    flags = (folder, "--data", rows, *SHORT[1:], "--seeds", 3)
-    run_eval(*flags)
-    (first,) = results_of(folder)
-    path = folder / "generations" / first["generations"][0]
+def test_an_interrupted_pass_is_resumed_exactly(job, calls_of):
+    job.evaluate("--seeds 3")
+    (path,) = (job.student / "generations").glob("*.jsonl")
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + lines[3][:10])  # killed while it wrote a second batch
-    (folder / "results.json").unlink()
-    calls.clear()
-    run_eval(*flags)
+    (job.student / "results.json").unlink()
+    calls = calls_of("generate")
+    job.evaluate("--seeds 3")
     assert path.read_bytes() == whole
-    assert [len(prompts) for prompts, _ in calls] == [2, 1]  # not the first batch
+    assert [len(responses) for *_, responses in calls] == [2, 1]  # not the first batch
 
 
-def test_a_stored_score_is_not_computed_again(save_model, rows, run_eval, calls):
-    folder = save_model("model")
-    run_eval(folder, "--data", rows, *SHORT)
-    calls.clear()
-    run_eval(folder, "--data", rows, *SHORT)
+def test_a_stored_score_is_not_computed_again(job, calls_of):
+    job.evaluate()
+    calls = calls_of("generate")
+    job.evaluate()
     assert calls == []
 
 
-def test_an_edited_config_makes_a_new_score(save_model, rows, run_eval):
-    folder = save_model("model")
-    run_eval(folder, "--data", rows, *SHORT)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 0.5}))
-    run_eval(folder, "--data", rows, *SHORT)
-    one, other = results_of(folder)
+def test_an_edited_config_makes_a_new_score(job):
+    job.evaluate()
+    edit_json(job.student / "config.json", layer_norm_epsilon=0.5)
+    job.evaluate()
+    one, other = job.results()
     assert one["key"] != other["key"]
 
 
-def test_two_processes_keep_each_others_results(save_model, rows, run_eval, monkeypatch):
-    folder = save_model("model")
-    original = okd.rouge_l
+def test_two_processes_keep_each_others_results(job, monkeypatch):
+    def store():  # meanwhile, in another process
+        (job.student / "results.json").write_text('[{"key": "other", "rouge_l": 1}]')
 
-    def rouge_l(*args):  # meanwhile another process stores its result
-        (folder / "results.json").write_text('[{"key": "other", "rouge_l": 1}]')
-        return original(*args)
-
-    monkeypatch.setattr(okd, "rouge_l", rouge_l)
-    run_eval(folder, "--data", rows, *SHORT)
-    other, own = results_of(folder)
-    assert (other["key"], own["data"]) == ("other", str(rows))
+    on_call(monkeypatch, "rouge_l", 1, store)
+    job.evaluate()
+    other, own = job.results()
+    assert (other["key"], own["data"]) == ("other", str(job.rows))
 
 
 # -----------------------------------------------------------------------------
 # What cannot be scored
 
 
-def test_what_cannot_be_scored_is_named(tmp_path, save_model, rows, run_eval):
-    folder = save_model("model")
+def test_what_cannot_be_scored_is_named(job):
+    unfinished = job.path / "unfinished"
+    damaged = job.path / "damaged"
+    write_run(unfinished)
+    write_run(damaged)
+    (damaged / "student").mkdir()
+    (damaged / "args.json").write_text("{")
+    out = job.evaluate(checkpoints=f"{unfinished} {damaged}")
+    assert f"skipped: {unfinished}: UserError: the run has not finished" in out
+    assert f"skipped: {damaged}: UserError: {damaged}/args.json is damaged" in out
+    assert len(job.results()) == 1
+
+
+def test_prompts_beyond_the_positions_are_named(job):
+    long = job.path / "long.jsonl"
+    write_jsonl(long, [pair("x" * 256)])
+    out = job.evaluate(f"--greedy --data {long} {job.rows}")
+    assert f"skipped: {job.student} on {long}: UserError: " in out
+    assert [result["data"] for result in job.results()] == [str(job.rows)]
+
+
+def test_nothing_scored_is_exit_code_2(tmp_path):
     write_run(tmp_path / "unfinished")
-    (tmp_path / "damaged" / "student").mkdir(parents=True)
-    (tmp_path / "damaged" / "args.json").write_text("{")
-    out = run_eval(tmp_path / "unfinished", tmp_path / "damaged", folder, "--data", rows, *SHORT)
-    assert f"skipped: {tmp_path}/unfinished: UserError: the run has not finished" in out
-    assert f"skipped: {tmp_path}/damaged: UserError: {tmp_path}/damaged/args.json is damaged" in out
-    assert len(results_of(folder)) == 1
+    rows = write_jsonl(tmp_path / "rows.jsonl", [pair()])
+    assert "nothing was scored" in call(f"{tmp_path}/unfinished --data {rows}", 2, okd_eval)
 
 
-def test_prompts_beyond_the_positions_are_named(tmp_path, save_model, rows, run_eval):
-    folder = save_model("model")
-    long = tmp_path / "long.jsonl"
-    long.write_text(json.dumps({"prompt": "x" * 80, "response": "y"}))
-    out = run_eval(folder, "--data", long, rows, *SHORT)
-    assert f"skipped: {folder} on {long}: UserError: " in out
-    assert [result["data"] for result in results_of(folder)] == [str(rows)]
+EVAL_MISTAKES = """
+flags                      | message
+--greedy --paper           | two protocols
+--greedy --seeds 1         | --seeds does not go with
+--paper --temperature 0.5  | --temperature does not go with
+--top-p 1.5                | --top-p must lie in
+--limit -1                 | at least 1
+--data nowhere.jsonl       | nowhere.jsonl
+--compare                  | --compare needs runs
+"""
 
 
-def test_nothing_scored_is_exit_code_2(tmp_path, run_eval, rows):
-    write_run(tmp_path / "unfinished")
-    assert "nothing was scored" in run_eval(tmp_path / "unfinished", "--data", rows, code=2)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--greedy --paper", "two protocols"),
-        ("--greedy --seeds 1", "--seeds does not go with"),
-        ("--paper --temperature 0.5", "--temperature does not go with"),
-        ("--top-p 1.5", "--top-p must lie in"),
-        ("--limit -1", "at least 1"),
-        ("--data nowhere.jsonl", "nowhere.jsonl"),
-        ("--compare", "--compare needs runs"),
-    ],
-)
-def test_mistakes_are_one_line(run_eval, save_model, flags, message):
-    out = run_eval(save_model("model"), *flags.split(), code=2)
-    assert message in out
-    assert "Traceback" not in out
+@cases(EVAL_MISTAKES)
+def test_mistakes_in_evaluation_are_one_line(flags, message):
+    assert message in call(f"demo {flags}", 2, okd_eval)
 
 
 # -----------------------------------------------------------------------------
@@ -3994,25 +3641,27 @@ def test_mistakes_are_one_line(run_eval, save_model, flags, message):
 
 
 def metrics_of(p, q, token):
-    log_p = torch.tensor([p], dtype=torch.float64).log()
-    log_q = torch.tensor([q], dtype=torch.float64).log()
+    log_p, log_q = [torch.tensor([x], dtype=torch.float64).log() for x in (p, q)]
     metrics = okd_eval.token_metrics(log_p, log_q, log_p, torch.tensor([token]))
     return {name: value.item() for name, value in metrics.items()}
 
 
 def test_token_metrics_of_three_words_by_hand():
-    metrics = metrics_of(p=[0.5, 0.25, 0.25], q=[0.25, 0.5, 0.25], token=1)
     log2 = math.log(2)
-    assert metrics["fkl"] == pytest.approx(0.25 * log2)
-    assert metrics["rkl"] == pytest.approx(0.25 * log2)
-    assert metrics["tvd"] == pytest.approx(0.25)
-    assert metrics["student_ce"] == pytest.approx(log2)
-    assert metrics["teacher_entropy"] == pytest.approx(1.5 * log2)
-    assert metrics["entropy_gap"] == pytest.approx(0.0)
-    assert metrics["uncertainty"] == pytest.approx(0.75)  # 1 - p(token)
-    assert metrics["top1_agreement"] == 0.0
-    # log q is -2, -1, -2 in units of log 2: variance 2/9
-    assert metrics["std"] == pytest.approx(log2 * math.sqrt(2) / 3)
+    expected = {
+        "fkl": 0.25 * log2,
+        "rkl": 0.25 * log2,
+        "tvd": 0.25,
+        "student_ce": log2,
+        "teacher_entropy": 1.5 * log2,
+        "entropy_gap": 0.0,
+        "uncertainty": 0.75,  # 1 - p(token)
+        "top1_agreement": 0.0,
+        # log q is -2, -1, -2 in units of log 2: variance 2/9
+        "std": log2 * math.sqrt(2) / 3,
+    }
+    metrics = metrics_of(p=[0.5, 0.25, 0.25], q=[0.25, 0.5, 0.25], token=1)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 def test_top_k_metrics_of_a_mirror_image():
@@ -4027,18 +3676,13 @@ def test_heads_of_two_sizes_share_a_vocabulary():
     assert metrics["student_ce"] == pytest.approx(math.log(2))
 
 
-def test_texts_are_measured_at_response_tokens(tokenizer, rows):
-    student = scored_model(tokenizer, 1)
-    teacher = scored_model(tokenizer, 2)
-    examples, _ = okd_eval.read_examples("s", rows.read_text().splitlines(), tokenizer, 50)
-    found = okd_eval.measure_texts(student, teacher, examples, 40, CPU)
-    for number, row in enumerate(sorted(examples, key=len)):
-        log_probs = []
-        for model in (teacher, student):
-            logits = model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0].detach()
-            log_probs.append(logits[len(row.prompt_ids) - 1 : -1].log_softmax(-1))
-        expected = okd.fkl(*log_probs)
-        torch.testing.assert_close(found["fkl"][number], expected, atol=1e-5, rtol=1e-4)
+def test_texts_are_measured_at_response_tokens(examples):
+    student = tiny_model(seed=1)
+    teacher = tiny_model(seed=2)
+    found = okd_eval.measure_texts(student, teacher, examples[:5], 100, CPU)
+    for row, values in zip(sorted(examples[:5], key=len), found["fkl"], strict=True):
+        expected = okd.fkl(plain_log_probs(teacher, [row]), plain_log_probs(student, [row]))
+        assert_close(values, expected.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_hard_tokens_are_the_teachers_less_likely_half():
@@ -4054,13 +3698,14 @@ def test_excess_error_of_known_errors():
     assert okd_eval.excess_error(own, oracle) == {"10": pytest.approx(125.0)}
 
 
-def test_both_authors_write_by_one_rule(save_model, rows, run_eval, calls):
-    flags = ("--teacher", save_model("teacher", 2), "--data", rows, "--limit", 2, *SHORT)
-    run_eval(save_model("student"), "--no-repeat-ngram-size", 6, *flags)
-    (_, protocol), own, oracle = calls
+def test_both_authors_write_by_one_rule(job, calls_of):
+    calls = calls_of("generate")
+    flags = f"--greedy --no-repeat-ngram-size 6 --limit 2 --teacher {job.models}/teacher"
+    job.evaluate(flags)
+    protocol, own, oracle = [options for _, options, _ in calls]
     assert own == oracle
     assert (protocol["do_sample"], protocol["no_repeat_ngram_size"]) == (False, 6)
-    assert (own[1]["do_sample"], own[1]["no_repeat_ngram_size"]) == (True, 0)
+    assert (own["do_sample"], own["no_repeat_ngram_size"]) == (True, 0)
 
 
 @pytest.fixture
@@ -4070,7 +3715,7 @@ def analysed(tmp_path):
     for value in (1.0, 3.0):
         run = make_checkpoint(tmp_path / f"run{value}")
         part = dict.fromkeys(okd_eval.SHOWN, value)
-        gold = {"all": part, "hard": part, "easy": part}
+        gold = dict.fromkeys(("all", "hard", "easy"), part)
         found = {"gold": gold, "own": gold, "excess_error_percent": {"10": 10 * value}}
         run.results["d"]["distribution"] = found
         runs.append(run)
@@ -4083,12 +3728,12 @@ def test_teacher_table_has_a_row_per_method(analysed):
     assert "10: 20" in row
 
 
-def test_analysis_figure_says_what_it_shows(analysed, monkeypatch):
-    figures = []
-    monkeypatch.setattr(okd_eval.Figure, "savefig", lambda figure, path: figures.append(figure))
-    okd_eval.draw_analysis(analysed, "d", "unused")
-    assert [bar.get_height() for bar in figures[0].axes[0].patches] == 3 * [2.0]
-    text = figures[0].get_suptitle()
+def test_analysis_figure_says_what_it_shows(analysed, calls_of, tmp_path):
+    calls = calls_of("savefig", okd_eval.Figure)
+    okd_eval.draw_analysis(analysed, "d", tmp_path / "analysis.png")
+    (((figure, _), *_),) = calls
+    assert [bar.get_height() for bar in figure.axes[0].patches] == 3 * [2.0]
+    text = figure.get_suptitle()
     assert "± 1 standard deviation over training seeds" in text
     assert "Hard (easy): the half of the tokens" in text
 
@@ -4108,25 +3753,14 @@ def test_interval_over_seeds_is_paired_t():
     assert okd_eval.interval(apart) == pytest.approx([2 - 12.706, 2 + 12.706])
 
 
-@pytest.mark.parametrize("num_seeds", [2, 3, 5])
-def test_equal_methods_are_rarely_told_apart(num_seeds):
-    generator = torch.Generator().manual_seed(0)
-    wrong = 0
-    for _ in range(400):
-        seeds = 2**0.5 * torch.randn(num_seeds, 1, generator=generator)
-        noise = 20 * torch.randn(num_seeds, 400, generator=generator)
-        low, high = okd_eval.interval(seeds + noise, num_draws=200)
-        wrong += not low <= 0 <= high
-    assert wrong / 400 <= 0.06
-
-
 # label, seed, score
-RUNS = ("fkl 1 10", "fkl 2 12", "okd 1 15", "okd 2 17", "rkl 1 8", "rkl 2 14", "jsd 1 0", "tvd 3 0")
+# label, seed, score
+RUNS = "fkl 1 10, fkl 2 12, okd 1 15, okd 2 17, rkl 1 8, rkl 2 14, jsd 1 0, tvd 3 0"
 
 
 def test_verdicts_of_known_scores(tmp_path):
     runs = []
-    for run in RUNS:
+    for run in RUNS.split(", "):
         label, seed, score = run.split()
         scores = [int(score) - 0.5, int(score) + 0.5]
         runs.append(make_checkpoint(tmp_path / run, scores, label=label, seed=int(seed)))
@@ -4171,7 +3805,7 @@ def test_baseline_is_the_exact_label_first():
 
 
 def test_a_baseline_of_two_labels_is_refused():
-    with pytest.raises(okd.UserError, match=r"must be one of these labels: fkl temperature=2\.0"):
+    with user_error(r"must be one of these labels: fkl temperature=2\.0"):
         okd_eval.pick_baseline(runs_of("fkl temperature=2.0", "fkl lr=0.1"), "fkl")
 
 
@@ -4183,16 +3817,17 @@ def test_a_run_with_fewer_evals_keeps_curves_long(tmp_path):
     assert curves.tolist() == [[10, 5, 0], [20, 15, 10]]
 
 
-def test_comparison_is_written_and_printed(save_model, rows, run_eval, tmp_path):
-    for seed in (1, 2):
-        write_run(tmp_path / f"fkl{seed}", seed=seed)
-        save_model(f"fkl{seed}/student", seed)
-    out = run_eval(tmp_path / "fkl1", tmp_path / "fkl2", "--data", rows, "--compare", *SHORT)
-    markdown = (tmp_path / "results" / "comparison.md").read_text()
+def test_comparison_is_written_and_printed(job):
+    runs = [job.path / "one", job.path / "two"]
+    for seed, run in enumerate(runs, start=1):
+        write_run(run, seed=seed)
+        shutil.copytree(job.student, run / "student")
+    out = job.evaluate("--greedy --compare", f"{runs[0]} {runs[1]}")
+    markdown = (job.path / "results" / "comparison.md").read_text()
     assert markdown in out
-    (entry,) = json.loads((tmp_path / "results" / "comparison.json").read_text())
+    (entry,) = read_json(job.path / "results" / "comparison.json")
     assert entry["training_seeds"] == [1, 2]
-    assert (tmp_path / "results" / "comparison.png").exists()
+    assert (job.path / "results" / "comparison.png").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -4229,41 +3864,28 @@ def test_pages_get_scores_and_keep_final(tmp_path):
     )
     okd_eval.track([run], [], [], tmp_path)
     (path,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
-    summary = {}
-    for record in read_wandb(path):
-        for item in record.summary.update:
-            summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
+    summary = values_of(each.summary for each in read_wandb(path))
     assert summary["final/rouge_l"] == 7.0
     assert summary["eval/d_jsonl/decoding_greedy_max_new_tokens_5_seeds_0_/rouge_l"] == 2.5
     assert path.name == "run-run.wandb"  # the page of the run, by its wandb_id
 
 
 def test_comparison_has_a_page_of_its_own(tmp_path):
-    entries = [{"data": "d", "method": "fkl", "runs": 2, "rouge_l": 2.5, "std_training": None}]
+    entries = [{"data": "d", "method": "fkl", "runs": 2, "rouge_l": 2.5}]
     figure = tmp_path / "comparison.png"
     okd_eval.Figure().savefig(figure)
     okd_eval.track([], entries, [figure], tmp_path)
-    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert [r.run.job_type for r in read_wandb(path) if r.HasField("run")] == ["eval"]
-    (table,) = path.parent.glob("files/media/table/*.json")
-    assert json.loads(table.read_text())["data"][0][:4] == ["d", "fkl", 2, 2.5]
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/*.json")
+    assert read_json(path)["data"][0][:4] == ["d", "fkl", 2, 2.5]
 
 
-def test_failing_wandb_is_a_last_line(save_model, rows, run_eval, tmp_path, monkeypatch):
-    def fail(*args):
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr(okd_eval, "track", fail)
-    out = run_eval(save_model("model"), "--data", rows, "--track", *SHORT)
-    assert out.splitlines()[-1] == "wandb failed: no network"
+def test_failing_wandb_is_a_last_line(job, monkeypatch):
+    on_call(monkeypatch, "track", 1, full_disk, okd_eval)
+    assert job.evaluate("--greedy --track").splitlines()[-1].startswith("wandb failed: ")
 
 
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_FLAGS = {"nproc-per-node"}  # torchrun's
-STUDENT_SIZE = 257  # of the vocabulary
-TEACHER_SIZE = 264
-PROMPT = "ab"
-ANSWERS = ("c", "defg", "hi")  # micro-batches of two and one, with different numbers of tokens
 
 every_text = pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])
 
@@ -4295,89 +3917,40 @@ def test_flags_exist(path):
     assert set(named) <= known
 
 
-def docs_model(vocab_size):
-    torch.manual_seed(vocab_size)
-    config = transformers.GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=16,
-        n_embd=8,
-        n_layer=1,
-        n_head=2,
-        initializer_range=0.5,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    return transformers.GPT2LMHeadModel(config)
+# Micro-batches of two and one, with different numbers of tokens.
+RESPONSES = [make_row([*b"ab"], [*answer, EOS]) for answer in (b"c", b"defg", b"hi")]
 
 
-@pytest.fixture
-def padded_tokenizer():
-    tokenizer = okd.demo_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def plain_loss(divergence):
-    """Mean over the response tokens, from a forward per row and network without padding."""
-    values = []
-    for answer in ANSWERS:
-        ids = [*f"{PROMPT}{answer}".encode(), EOS]
-        log_probs = []
-        for network in (docs_model(TEACHER_SIZE), docs_model(STUDENT_SIZE)):
-            logits = network(torch.tensor([ids])).logits[0, len(PROMPT) - 1 : -1]
-            log_probs.append(logits[:, :STUDENT_SIZE].log_softmax(-1))
-        values.append(divergence(*log_probs))
-    return torch.cat(values).mean().item()
-
-
-def small_steps(folder):
-    """Options of a trainer that takes all rows in one step, in two pieces."""
-    return {
-        "output_dir": folder,
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-    }
-
-
-def test_trainer_takes_the_plain_loss(tmp_path, padded_tokenizer):
+def test_trainer_takes_the_plain_loss(tmp_path):
     names = {}
     exec(python_blocks(ROOT / "docs" / "borrow.md")[1], names)
     rows = []
-    for answer in ANSWERS:
-        response = [*answer.encode(), EOS]
-        prompt = list(PROMPT.encode())
-        rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
+    for row in RESPONSES:
+        labels = [-100, -100, *row.response_ids]
+        rows.append({"input_ids": row.prompt_ids + row.response_ids, "labels": labels})
+    tokenizer = okd.demo_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    steps = transformers.TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    teacher = tiny_model(seed=1, vocab_size=264)  # heads of two sizes, as padded vocabularies have
+    student = tiny_model(seed=2)
+    log_p = plain_logits(teacher, RESPONSES)[:, :VOCAB_SIZE].log_softmax(-1)
+    expected = okd.rkl(log_p, plain_log_probs(student, RESPONSES)).mean().item()
     trainer = names["DistillationTrainer"](
-        docs_model(TEACHER_SIZE),
+        teacher,
         divergence="rkl",
-        model=docs_model(STUDENT_SIZE),
-        args=transformers.TrainingArguments(**small_steps(tmp_path)),
+        model=student,
+        args=steps,
         train_dataset=rows,
-        data_collator=transformers.DataCollatorForSeq2Seq(padded_tokenizer),
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(plain_loss(okd.rkl), rel=1e-5)
-
-
-def test_sft_trainer_takes_the_plain_loss(tmp_path, padded_tokenizer):
-    trl = pytest.importorskip("trl")
-    names = {
-        "teacher": docs_model(TEACHER_SIZE),
-        "student": docs_model(STUDENT_SIZE),
-        "tokenizer": padded_tokenizer,
-        "rows": [{"prompt": PROMPT, "completion": answer} for answer in ANSWERS],
-        "args": trl.SFTConfig(**small_steps(tmp_path)),
-    }
-    for block in python_blocks(ROOT / "docs" / "borrow.md")[1:3]:
-        exec(block, names)
-    loss = names["trainer"].state.log_history[0]["loss"]
-    assert loss == pytest.approx(plain_loss(okd.srkl), rel=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
