@@ -67,7 +67,7 @@ SETTINGS = [
 REAL_TEXT = (
     "--max-length 160 --max-prompt-length 120 --max-new-tokens 64 --precision bf16 "
     "--teacher-sft full --teacher-sft-epochs 6 --teacher-sft-lr 2e-4 "
-    "--student-sft-epochs 2 --student-sft-lr 2e-4 --batch-size 8 --lr 1e-4 --max-steps 150 "
+    "--student-sft-epochs 2 --student-sft-lr 2e-4 --batch-size 8 --lr 1e-4 --max-steps 400 "
 )
 
 # The student at the end is measured, not the best one on the way.
