@@ -181,7 +181,7 @@ def taid(log_p, log_q, t):
 TAID_START = (0.4, 0.0, math.inf)
 
 
-def taid_schedule(taid, loss, progress, end=1.0, delta=5e-4, momentum=0.99):
+def taid_schedule(taid, loss, progress, delta=5e-4, momentum=0.99):
     """(t, trend of the loss, last loss) after a step of TAID's algorithm 1, from TAID_START.
 
     t rises at least linearly, and faster while the loss falls. A tensor, so that it stays on the
@@ -193,8 +193,8 @@ def taid_schedule(taid, loss, progress, end=1.0, delta=5e-4, momentum=0.99):
     change = change.nan_to_num(0.0)  # inf / inf in the first step: no change yet
     trend = momentum * trend + (1 - momentum) * change
     faster = t + delta * trend.sigmoid() * (1 - t)
-    linear = TAID_START[0] + (end - TAID_START[0]) * progress
-    return torch.stack([faster.clamp(min=linear, max=end), trend, loss])
+    linear = TAID_START[0] + (1 - TAID_START[0]) * progress
+    return torch.stack([faster.clamp(min=linear, max=1), trend, loss])
 
 
 DIVERGENCES = {f.__name__: f for f in (fkl, rkl, frkl, jsd, tvd, sfkl, srkl, akl, ab, taid)}
@@ -212,26 +212,18 @@ class Method:
     sgo_fraction: float = 0.0  # share of batches with student-generated output
 
 
-METHODS = {
-    "sft": Method("fkl", student_ce_weight=1.0),  # cross-entropy on the gold text, no teacher
-    "fkl": Method("fkl"),  # Hinton et al. 2015, arXiv:1503.02531
-    "rkl": Method("rkl"),  # reverse KL on gold text, as in Gu et al. 2023, arXiv:2306.08543
-    "frkl": Method("frkl"),  # Wu et al. 2024, arXiv:2404.02657
-    "jsd": Method("jsd"),  # Agarwal et al. 2023, arXiv:2306.13649
-    "tvd": Method("tvd"),  # Wen et al. 2023, arXiv:2307.15190
-    "sfkl": Method("sfkl"),  # Ko et al. 2024, arXiv:2402.03898
-    "srkl": Method("srkl"),  # Ko et al. 2024, arXiv:2402.03898
-    "akl": Method("akl"),  # Wu et al. 2024, arXiv:2404.02657
-    "ab": Method("ab"),  # Wang et al. 2025, arXiv:2505.04560
-    "taid": Method("taid"),  # Shing et al. 2025, arXiv:2501.16937
-    "seqkd": Method("fkl", text="teacher", student_ce_weight=1.0),  # Kim & Rush 2016, 1606.07947
-    "imitkd": Method("fkl", text="student", sgo_fraction=1.0),  # Lin et al. 2020, arXiv:2009.07253
-    "gkd": Method("jsd", text="student", sgo_fraction=0.5),  # Agarwal et al. 2023, 2306.13649
-    "opd": Method("rkl", text="student", sgo_fraction=1.0),  # on-policy distillation
-    "distillm": Method("srkl", text="adaptive"),  # Ko et al. 2024, arXiv:2402.03898
-    "minillm": Method("rkl", text="mixture"),  # Gu et al. 2023, arXiv:2306.08543
-    "okd": Method("fkl", teacher_moves=True),  # Rao et al. 2024, arXiv:2409.12512
-}
+# Each divergence makes a method by itself: on gold text, from a frozen teacher.
+METHODS = {name: Method(name) for name in DIVERGENCES}
+METHODS.update(
+    sft=Method("fkl", student_ce_weight=1.0),  # cross-entropy on the gold text, no teacher
+    seqkd=Method("fkl", text="teacher", student_ce_weight=1.0),  # Kim & Rush 2016, 1606.07947
+    imitkd=Method("fkl", text="student", sgo_fraction=1.0),  # Lin et al. 2020, arXiv:2009.07253
+    gkd=Method("jsd", text="student", sgo_fraction=0.5),  # Agarwal et al. 2023, arXiv:2306.13649
+    opd=Method("rkl", text="student", sgo_fraction=1.0),  # on-policy distillation
+    distillm=Method("srkl", text="adaptive"),  # Ko et al. 2024, arXiv:2402.03898
+    minillm=Method("rkl", text="mixture"),  # Gu et al. 2023, arXiv:2306.08543
+    okd=Method("fkl", teacher_moves=True),  # Rao et al. 2024, arXiv:2409.12512
+)
 
 # -----------------------------------------------------------------------------
 # Losses, per token
@@ -338,7 +330,9 @@ class Args:
     """
 
     # -- models and data --
-    teacher: str = "gpt2-xl"  # hub id or local folder; an adapter is merged onto its base
+    # hub id or local folder; an adapter is merged onto its base. demo: the built-in demo, with
+    # settings of its own
+    teacher: str = "demo"
     student: str = "gpt2"  # hub id or local folder; must share the teacher's tokenizer
     # JSONL of training rows: instruction, input, output; prompt, response (or completion); or
     # messages, whose last assistant turn is the response. Unset: Dolly, from the hub
@@ -409,7 +403,6 @@ class Args:
 
 # The demo is in the paper's regime: the teacher is fine-tuned on the rows the student is taught on.
 DEMO = Args(
-    teacher="demo",
     student="demo",
     max_length=96,
     max_new_tokens=48,
@@ -441,12 +434,19 @@ NOT_SETTINGS = RESUMABLE + (
 RANGES = [  # lowest, highest, flags
     (0, 1, "alpha beta student_ce_weight sgo_fraction"),
     (0, 0.999, "skew"),
-    (0, 1e9, "anchor ab_alpha ab_beta weight_decay max_grad_norm seed eval_every eval_rows"),
-    (0, 1e9, "score_rows save_minutes teacher_sft_epochs student_sft_epochs max_steps"),
-    (0, 1e9, "lora_top_layers"),
+    (
+        0,
+        1e9,
+        "anchor ab_alpha ab_beta weight_decay max_grad_norm seed eval_every eval_rows score_rows "
+        "save_minutes teacher_sft_epochs student_sft_epochs max_steps lora_top_layers",
+    ),
     (1e-9, 1e9, "temperature lr teacher_lr_ratio epochs lora_scale teacher_sft_lr student_sft_lr"),
-    (1, 1e9, "batch_size micro_batch_tokens sample_batch_size log_every lora_rank"),
-    (1, 1e9, "max_new_tokens max_prompt_length"),
+    (
+        1,
+        1e9,
+        "batch_size micro_batch_tokens sample_batch_size log_every lora_rank max_new_tokens "
+        "max_prompt_length",
+    ),
     (2, 1e9, "max_length"),
 ]
 
@@ -457,14 +457,11 @@ class UserError(Exception):
 
 def parse_args(argv):
     """Flags -> Args. A column of the method table that no flag sets comes from the method's row."""
-    # The flags that were typed: tyro does not tell them from defaults.
-    given = {item.split("=")[0].replace("_", "-") for item in argv if item.startswith("-")}
-    default = DEMO
-    if given & {"--teacher", "--help", "-h"}:
-        default = Args()
-    args = tyro.cli(Args, args=argv, default=default, prog="okd.py")
+    args = tyro.cli(Args, args=argv, prog="okd.py")
     if args.resume is not None:
-        return resumed_args(args, given)
+        return resumed_args(argv, args.resume)
+    if args.teacher == "demo":
+        args = tyro.cli(Args, args=argv, default=DEMO)
     row = METHODS[args.method]
     if args.text == "student" and args.sgo_fraction is None:  # also for a row of gold text
         args.sgo_fraction = row.sgo_fraction or 1.0
@@ -483,14 +480,10 @@ def parse_args(argv):
             "a moving teacher needs --anchor, or gold text and --alpha below 1: else teacher and "
             "student only copy each other"
         )
-    if args.text == "adaptive" and args.eval_rows == 0:
-        raise UserError("--text adaptive needs --eval-rows: phi depends on the evaluations")
     if args.cache_teacher and args.teacher_moves:
         raise UserError("--cache-teacher: the states of a moving teacher change with every step")
     if args.gradient_checkpointing and args.text == "mixture":
         raise UserError("--gradient-checkpointing is not possible with --text mixture")
-    if args.shard and (args.text == "mixture" or args.teacher_sft == "full"):
-        raise UserError("--shard needs --teacher-sft lora and a --text other than mixture")
     return args
 
 
@@ -499,26 +492,27 @@ def check_ranges(args):
         for name in names.split():
             value = getattr(args, name)
             if not low <= value <= high:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is {value}: it must lie in [{low}, {high:g}]")
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {value}: it must lie in [{low}, {high:g}]")
 
 
-def resumed_args(args, given):
+def resumed_args(argv, folder):
     """The flags that the run began with, and those of RESUMABLE that were given now."""
-    with explaining(f"--resume {args.resume}: no run was begun there"):
-        stored = json.loads((pathlib.Path(args.resume) / "args.json").read_text())
+    with explaining(f"--resume {folder}: no run was begun there"):
+        stored = json.loads(pathlib.Path(folder, "args.json").read_text())
         begun = Args(**{f.name: stored[f.name] for f in fields(Args)})
-    for name in sorted(given):
-        column = name.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if column not in RESUMABLE.split():
-            raise UserError(f"{name}: a resumed run keeps its flags; begin another run instead")
-        setattr(begun, column, getattr(args, column))
-    check_ranges(begun)
-    if given & {"--micro-batch-tokens", "--sample-batch-size", "--gradient-checkpointing"}:
-        print("the resumed run is equal to an unbroken one only up to rounding and sampling")
-    begun.output_dir = args.resume
+    begun.output_dir = folder
     begun.precision = stored["began_with"]["precision"]
-    return begun
+    args = tyro.cli(Args, args=argv, default=begun)
+    check_ranges(args)
+    changed = {name for name, value in asdict(args).items() if value != getattr(begun, name)}
+    fixed = changed - {*RESUMABLE.split()}
+    if fixed:
+        flag = min(fixed).replace("_", "-")
+        raise UserError(f"--{flag}: a resumed run keeps its flags; begin another run instead")
+    if changed & {"micro_batch_tokens", "sample_batch_size", "gradient_checkpointing"}:
+        print("the resumed run is equal to an unbroken one only up to rounding and sampling")
+    return args
 
 
 def run_label(args):
@@ -593,7 +587,8 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
     reporter = Reporter(log_path, phase, state, num_steps, hw, wandb_run, num_known)
     sampler = Sampler(args, state, student, teacher, data.stop_ids, hw)
 
-    signals = StopSignals()
+    signals = [0]
+    handlers = record_signals(signals)
     last_save = time.monotonic()
     clock = hw.now()
     for step in range(state.step, num_steps + 1):
@@ -624,7 +619,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         num_tokens = sum(len(row.response_ids) for row in rows)
 
         # Losses and gradients of both networks, from one forward pass of each.
-        sums = {}
+        sums = Counter()
         # The teacher stays in eval mode: its gradient needs no dropout. Without dropout MiniLLM's
         # ratio q / q_when_sampled is exact.
         student.train(args.text != "mixture")
@@ -632,8 +627,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             losses = train_micro_batch(
                 args, student, loss_teacher, batch, hw, scaler, num_tokens, state.taid[0]
             )
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value
+            sums.update(losses)  # a Counter adds
         student.eval()
         metrics = {name: total / num_tokens for name, total in hw.total(sums).items()}
 
@@ -653,7 +647,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
 
         # All processes stop after the same step, and save when the first one's clock says so.
         save_due = hw.rank == 0 and 0 < args.save_minutes < (time.monotonic() - last_save) / 60
-        stop_signal, save_due = max(hw.gather((signals.number, save_due)))
+        stop_signal, save_due = max(hw.gather((max(signals), save_due)))
         is_last = state.step == num_steps
         reporting = is_last or state.step % args.log_every == 0
         saving = is_last or stop_signal or save_due
@@ -671,6 +665,8 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             metrics["loss_scale"] = scaler.get_scale()  # fp16: halved by every skipped step
             metrics["sampling_s"] = state.sampling_seconds
             metrics.update(hw.peak_memory())
+            metrics["tokens"] = state.tokens
+            metrics["training_s"] = state.seconds
             metrics["tokens_per_s"] = state.tokens / state.seconds  # of the run so far
             reporter.report("train", metrics)
 
@@ -685,8 +681,9 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         if stop_signal:
             break
 
-    signals.restore()
-    stop_signal = max(hw.gather(signals.number))  # also one that came during the last evaluation
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    stop_signal = max(hw.gather(max(signals)))  # also one that came during the last evaluation
     if stop_signal:
         print(f"{phase}: stopped after step {state.step}; python okd.py --resume {args.output_dir}")
         sys.exit(128 + stop_signal)
@@ -695,23 +692,18 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
     return state
 
 
-class StopSignals:
-    """Records a SIGTERM or SIGINT; the loop then finishes its step, saves a checkpoint and exits.
+def record_signals(signals):
+    """From now on SIGTERM and SIGINT only add their number to `signals`. Returns the old handlers.
 
-    Later ones change nothing: torchrun sends its workers one of its own beside the one that reaches
-    the whole job. Who cannot wait uses SIGKILL, and loses what came after the last checkpoint.
+    The loop then finishes its step, saves a checkpoint and exits. A second one changes nothing:
+    torchrun sends its workers one of its own beside the one that reaches the whole job. Who cannot
+    wait uses SIGKILL, and loses what came after the last checkpoint.
     """
 
-    def __init__(self):
-        self.number = 0
-        self.handlers = {n: signal.signal(n, self.record) for n in (signal.SIGTERM, signal.SIGINT)}
+    def record(number, frame):
+        signals.append(number)
 
-    def record(self, number, frame):
-        self.number = self.number or number
-
-    def restore(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    return {n: signal.signal(n, record) for n in (signal.SIGTERM, signal.SIGINT)}
 
 
 def make_optimizer(model, weight_decay):
@@ -744,7 +736,6 @@ def optimizer_step(optimizer, scaler, lr, max_grad_norm, hw):
         params += group["params"]
     if hw.world > 1:
         sum_gradients(params)
-    params = [p for p in params if p.grad is not None]
     scaler.unscale_(optimizer)  # also looks for inf and NaN, which clipping would spread or hide
     grad_norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
     scaler.step(optimizer)
@@ -790,11 +781,7 @@ class Reporter:
         if self.hw.rank > 0:
             return
         step = self.state.step
-        record = {"phase": self.phase, "step": step}
-        for name, value in metrics.items():
-            record[f"{kind}/{name}"] = float(value)  # here we wait for the device
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        record = write_record(self.log_path, self.phase, step, kind, metrics)
         if self.num_known > 0:
             self.num_known -= 1
         elif self.wandb_run is not None:
@@ -806,9 +793,21 @@ class Reporter:
             print(f"{where}, dev: {shown}", flush=True)
         else:
             minutes_left = self.state.seconds / step * (self.num_steps - step) / 60
-            loss = f"loss {metrics['student_loss']:.4f}"
-            speed = f"{metrics['tokens_per_s']:.0f} tokens/s"
-            print(f"{where}: {loss}, {speed}, {minutes_left:.1f} minutes left", flush=True)
+            print(
+                f"{where}: loss {metrics['student_loss']:.4f}, "
+                f"{metrics['tokens_per_s']:.0f} tokens/s, {minutes_left:.1f} minutes left",
+                flush=True,
+            )
+
+
+def write_record(path, phase, step, kind, metrics):
+    """A line of metrics.jsonl. Here we wait for the device."""
+    record = {"phase": phase, "step": step}
+    for name, value in metrics.items():
+        record[f"{kind}/{name}"] = float(value)
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
 
 
 def require_finite(metrics, names, phase):
@@ -859,7 +858,6 @@ def cut_log(path, size, hw):
     """
     path.touch()
     log = path.read_bytes()
-    hw.barrier()
     if len(log) < size:
         raise UserError(f"{path} is shorter than at the last checkpoint: records were lost")
     if hw.rank == 0:
@@ -920,11 +918,16 @@ def run_trunks(student, teacher, batch, hw, need_p0=False):
     return trunks
 
 
-def chunk_log_probs(trunks, chunk):
-    """(log_p, log_q, log_p0) of a few tokens, each (n, V). A frozen teacher's p_0 is p."""
-    log_probs = {name: trunk.log_probs(chunk) for name, trunk in trunks.items()}
-    log_p = log_probs.get("p")
-    return log_p, log_probs["q"], log_probs.get("p0", log_p)
+def chunks_of(trunks, batch, model, hw):
+    """Yield (labels, rollout, log_p, log_q, log_p0) chunk by chunk; log-probabilities are (n, V).
+
+    A frozen teacher's p_0 is p.
+    """
+    for chunk in split_into_chunks(len(batch.labels), model, hw):
+        log_probs = {name: trunk.log_probs(chunk) for name, trunk in trunks.items()}
+        log_p = log_probs.get("p")
+        log_p0 = log_probs.get("p0", log_p)
+        yield batch.labels[chunk], batch.rollout[chunk], log_p, log_probs["q"], log_p0
 
 
 def split_into_chunks(num_tokens, model, hw):
@@ -944,15 +947,11 @@ def train_micro_batch(args, student, teacher, batch, hw, scaler, num_tokens, tai
     batch, so that its split into micro-batches changes no gradient.
     """
     parameters = divergence_parameters(args, taid_t)
-    sums = {"student_loss": 0.0}
-    if args.teacher_moves:
-        sums["teacher_loss"] = 0.0
+    sums = Counter()
     with hw.autocast():  # one region: the head's weight is cast once for all chunks
         need_p0 = args.teacher_moves and args.anchor > 0
         trunks = run_trunks(student, teacher, batch, hw, need_p0)
-        for chunk in split_into_chunks(len(batch.labels), student, hw):
-            log_p, log_q, log_p0 = chunk_log_probs(trunks, chunk)
-            labels = batch.labels[chunk]
+        for labels, rollout, log_p, log_q, log_p0 in chunks_of(trunks, batch, student, hw):
             loss = student_loss(
                 log_p,
                 log_q,
@@ -962,9 +961,8 @@ def train_micro_batch(args, student, teacher, batch, hw, scaler, num_tokens, tai
                 args.student_ce_weight,
                 args.temperature,
             )
-            if len(batch.rollout) > 0:  # MiniLLM
-                advantage, sampled_log_q, weight = batch.rollout[chunk].unbind(1)
-                loss = loss + policy_loss(log_q, labels, advantage, sampled_log_q, weight)
+            if len(rollout) > 0:  # MiniLLM
+                loss = loss + policy_loss(log_q, labels, *rollout.unbind(1))
             loss = loss.sum()
             sums["student_loss"] += loss.detach()
             if args.teacher_moves:
@@ -992,9 +990,8 @@ def measure(student, teacher, rows, hw, max_tokens, need_p0=False, metrics=eval_
     for batch in micro_batches(rows, max_tokens, hw, share=False):
         with hw.autocast():
             trunks = run_trunks(student, teacher, batch, hw, need_p0)
-            for chunk in split_into_chunks(len(batch.labels), student, hw):
-                log_p, log_q, log_p0 = chunk_log_probs(trunks, chunk)
-                for name, values in metrics(log_p, log_q, log_p0, batch.labels[chunk]).items():
+            for labels, _, *log_probs in chunks_of(trunks, batch, student, hw):
+                for name, values in metrics(*log_probs, labels).items():
                     parts.setdefault(name, []).append(values)
     return {name: torch.cat(values) for name, values in parts.items()}
 
@@ -1178,9 +1175,9 @@ class Sampler:
             teacher=teacher,
         )
         self.state.sampling_seconds += self.hw.now() - start
-        max_length = self.args.max_length
         return [
-            row.with_response(ids, max_length) for row, ids in zip(rows, responses, strict=True)
+            row.with_response(ids, self.args.max_length)
+            for row, ids in zip(rows, responses, strict=True)
         ]
 
     def rollout(self, rows, step):
@@ -1248,7 +1245,7 @@ def generate(
     responses. Raises UserError for a prompt that leaves no room in the model's positions.
     """
     if do_sample:
-        options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **options}
+        options.setdefault("top_k", 0)  # else transformers keeps the likeliest 50
     positions = max_positions(model.config)
     if teacher is not None:
         positions = min(positions, max_positions(teacher.config))
@@ -1270,7 +1267,7 @@ def generate(
             pad_token_id=stop_ids[0],
             **options,
         )
-        processors = transformers.LogitsProcessorList()
+        processors = []
         if teacher is not None:
             processors.append(TeacherMixture(teacher, mask))
         with hw.autocast():
@@ -1302,10 +1299,10 @@ def room_for_response(prompt_length, positions, max_new_tokens):
 def left_pad(prompts, pad_id, device):
     """Lists of ids -> (B, T) ids and attention mask; the new tokens follow on the right."""
     rows = [torch.tensor(prompt) for prompt in prompts]
-    masks = [torch.ones_like(row) for row in rows]
-    left = {"batch_first": True, "padding_side": "left"}
-    input_ids = pad_sequence(rows, padding_value=pad_id, **left)
-    return input_ids.to(device), pad_sequence(masks, **left).to(device)
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    input_ids = input_ids.to(device)
+    is_padding = input_ids < 0
+    return input_ids.masked_fill(is_padding, pad_id), (~is_padding).long()
 
 
 def cut_after_end(tokens, stop_ids):
@@ -1347,9 +1344,7 @@ class TeacherMixture(transformers.LogitsProcessor):
         return mix(log_p, log_q, TEACHER_SHARE)
 
 
-@functools.cache  # remembers what was printed
-def print_once(text):
-    print(text)
+print_once = functools.cache(print)  # it remembers what was printed
 
 
 # -----------------------------------------------------------------------------
@@ -1669,7 +1664,7 @@ def hub_lines(repo, file):
 def prompt_hash(line):
     """By a row's prompt as it stands in the file: no tokenizer, no response, no other field."""
     prompt, _, _ = parse_row(json.loads(line))
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
+    return digest(prompt)
 
 
 def split_lines(lines):
@@ -1695,26 +1690,23 @@ def load_data(teacher, source, tokenizer, max_prompt_length, max_length):
     limits = (tokenizer, max_prompt_length, max_length)
     if teacher == "demo":
         rows = read_rows("demo", map(json.dumps, demo_rows(5800, seed=0)), *limits)
+        data.pretraining = rows[1800:]
+    if source is not None:
+        lines = read_lines(source)
+        kept = {row.number: row for row in read_rows(source, lines, *limits)}
+        for number, split in split_lines(lines).items():
+            if number in kept:
+                getattr(data, split).append(kept[number])
+        data.test_lines = [lines[row.number - 1] for row in data.test]
+    elif teacher == "demo":
         data.test = rows[:1200]
         data.dev = rows[1200:1400]
         data.train = rows[1400:1800]
-        data.pretraining = rows[1800:]
-    elif source is None:  # split as in published results
+    else:  # split as in published results
         rows = read_rows("Dolly", hub_lines("MiniLLM/dolly", "raw.jsonl"), *limits)
         data.dev = [row for row in rows if row.number <= 1000]
         data.train = [row for row in rows if row.number > 1000]
         data.test = read_rows("Dolly, test", hub_lines("MiniLLM/dolly", "valid.jsonl"), *limits)
-    if source is not None:
-        lines = read_lines(source)
-        rows = {row.number: row for row in read_rows(source, lines, *limits)}
-        splits = {"train": [], "dev": [], "test": []}
-        for number, split in split_lines(lines).items():
-            if number in rows:
-                splits[split].append(rows[number])
-        data.train = splits["train"]
-        data.dev = splits["dev"]
-        data.test = splits["test"]
-        data.test_lines = [lines[row.number - 1] for row in data.test]
     if not data.train:
         raise UserError(f"{source}: no row is left to train on")
     data.stop_ids = stop_ids(tokenizer, data.train + data.dev + data.test)
@@ -1745,8 +1737,15 @@ def demo_rows(count, seed):
         b = demo_word(rng)
         x, y = sorted(rng.sample(range(10, 100), 2))
         pair = rng.choice((f"{x}, {y}", f"{y}, {x}"))
-        words = {"loud": a.upper(), "dashed": "-".join(a), "spaced": " ".join(a)}
-        task = rng.choice(DEMO_TASKS).format(a=a, b=b, y=y, pair=pair, **words)
+        task = rng.choice(DEMO_TASKS).format(
+            a=a,
+            b=b,
+            y=y,
+            pair=pair,
+            loud=a.upper(),
+            dashed="-".join(a),
+            spaced=" ".join(a),
+        )
         prompt, *answers = task.split("|")
         drawn = rng.choices(answers, weights=(6, 3, 2))[0]
         answers.remove(drawn)
@@ -1814,14 +1813,12 @@ def micro_batches(rows, max_tokens, hw, share=True):
     """Yield Batches of at most max_tokens with padding, or of one row; short rows come first.
 
     Little is padded: a piece that has 512 tokens takes no row 1.5 times as long as its shortest.
-    With share, each process gets its part of the rows, in equally many pieces. Raises ValueError
-    when the processes cannot share the rows evenly: a loss counts the tokens of all.
+    With share, each process gets its part of the rows, in equally many pieces; their number must be
+    a multiple of that of the processes.
     """
     rows = sorted(rows, key=len)
     rank = hw.rank if share else 0
     world = hw.world if share else 1
-    if len(rows) % world > 0:
-        raise ValueError(f"{world} processes cannot share {len(rows)} rows")
     pieces = []
     shortest = 0
     tokens = 0
@@ -1971,9 +1968,9 @@ def save_model(model, tokenizer, folder, stop_ids):
         tokenizer.save_pretrained(folder)
     generation_config = model.own_generation_config
     generation_config.eos_token_id = stop_ids
-    path = pathlib.Path(folder, "generation_config.json")
+    path = folder / "generation_config.json"
     path.write_text(generation_config.to_json_string())  # save_pretrained refuses some of the hub's
-    for path in pathlib.Path(folder).iterdir():
+    for path in folder.iterdir():
         sync(path)
 
 
@@ -2010,8 +2007,11 @@ def demo_config(role):
     )
 
 
-def check_fits(model, role, rows, tokenizer, max_length):
-    """Raises UserError where rows do not fit a model, which needs no weights for this."""
+def empty_model(name, role, rows, tokenizer, max_length):
+    """A model without its weights. Raises UserError where okd cannot use it for these rows."""
+    with explaining(f"cannot use the {role} {name}: {WHERE_MODELS_ARE}"), torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(load_config(name, role))
+        blocks_of(model)
     if max_length > max_positions(model.config):
         raise UserError(f"--max-length {max_length} is beyond the last position of the {role}")
     largest = max(max(row.prompt_ids + row.response_ids) for row in rows)
@@ -2021,6 +2021,7 @@ def check_fits(model, role, rows, tokenizer, max_length):
             f"token {token!r} of the data has number {largest}, but the {role} knows only "
             f"{vocab_size(model)}: resize its embeddings, or use the tokenizer that it came with"
         )
+    return model
 
 
 def max_positions(config):
@@ -2076,7 +2077,7 @@ def head_of(model):
     caps are right for every family. Only the modules on the path to the decoder are copied: it
     takes 0.1 ms, so every micro-batch makes its own, and none is stale after a resize or LoRA.
     """
-    if isinstance(model, peft.PeftModel):
+    if isinstance(model, peft.PeftModel):  # its own forward takes no states for MPT
         model = model.get_base_model()  # LoRA never sits on the head
     decoder = decoder_of(model)
     path = next(path for path, module in model.named_modules() if module is decoder)
@@ -2099,17 +2100,14 @@ def shallow_copy(module):
     return copied
 
 
-# --lora-targets auto: the first of these that a block has, else all that its attention has.
+# --lora-targets auto: query and value, else what holds them fused, else the whole attention: the
+# first of these that a module of the block matches.
 AUTO_TARGETS = (
-    "q_proj v_proj",
-    "query value",
-    "c_attn",
-    "query_key_value",
-    "qkv_proj",
-    "Wqkv",
-    "in_proj",
-    "in_proj_qkv",
-    "in_proj_qkvz",
+    r"\.(q_proj|q_b_proj|v_proj|kv_b_proj)$",
+    r"\.(query|value)$",
+    r"\.(c_attn|query_key_value|qkv_proj|Wqkv)$",
+    r"\.(in_proj|in_proj_qkv|in_proj_qkvz)$",
+    "attn|attention",
 )
 NO_LORA = r"expert|router|indexer|\.gate(\.|$)"
 
@@ -2127,31 +2125,32 @@ def lora_modules(model, targets, top_layers):
     chosen = []
     known = set()
     for block in blocks[-top_layers:]:
-        names = {}  # of the linear modules: path -> its last part
+        linear = []
         for module in block.modules():
             path = paths[module]
             is_linear = isinstance(module, (torch.nn.Linear, transformers.Conv1D))
             if is_linear and not re.search(NO_LORA, path):
-                names[path] = path.split(".")[-1]
-        chosen += targets_of(names, targets)
-        known.update(names.values())
+                linear.append(path)
+                known.add(path.split(".")[-1])
+        chosen += targets_of(linear, targets)
     unknown = {*targets.split(",")} - {"auto", "all-linear"} - known
     if unknown or not chosen:
         raise UserError(f"--lora-targets {targets}: name some of {sorted(known)}")
     return chosen
 
 
-def targets_of(names, targets):
-    """The paths of one block's linear modules that --lora-targets means."""
-    if targets == "all-linear":
-        return list(names)
-    wanted = targets.split(",")
+def targets_of(paths, targets):
+    """Of the paths of one block's linear modules those that --lora-targets means."""
+    patterns = [rf"\.({targets.replace(',', '|')})$"]
     if targets == "auto":
-        fitting = [group for group in AUTO_TARGETS if {*group.split()} <= {*names.values()}]
-        if not fitting:
-            return [path for path in names if re.search("attn|attention", path)]
-        wanted = fitting[0].split()
-    return [path for path, name in names.items() if name in wanted]
+        patterns = AUTO_TARGETS
+    if targets == "all-linear":
+        patterns = [""]
+    for pattern in patterns:
+        chosen = [path for path in paths if re.search(pattern, path)]
+        if chosen:
+            return chosen
+    return []
 
 
 def add_lora(model, rank, scale, targets="auto", top_layers=0, seed=0):
@@ -2169,19 +2168,6 @@ def add_lora(model, rank, scale, targets="auto", top_layers=0, seed=0):
     if wrong:
         raise UserError(f"--lora-targets {targets}: peft would not treat {sorted(wrong)[:3]} so")
     return model.eval()
-
-
-def empty_model(name, role):
-    """A model without its weights. Raises UserError where it is no decoder that okd can use."""
-    with explaining(f"cannot use the {role} {name}: {WHERE_MODELS_ARE}"), torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(load_config(name, role))
-        blocks_of(model)
-        return model
-
-
-def checkpoint_dtype(name):
-    """The dtype that a student was published in."""
-    return load_config(name, "student").dtype or torch.float32
 
 
 # -----------------------------------------------------------------------------
@@ -2213,7 +2199,6 @@ def warm_start(args, role, source, data, epochs, lr, hw):
 
     sft_args = replace(
         args,
-        method="sft",
         **asdict(METHODS["sft"]),
         epochs=epochs,
         lr=lr,
@@ -2221,6 +2206,7 @@ def warm_start(args, role, source, data, epochs, lr, hw):
         weight_decay=0.0,
         max_grad_norm=1.0,
         max_steps=0,
+        eval_rows=0,
         seed=0,
     )
     if use_lora:
@@ -2231,7 +2217,6 @@ def warm_start(args, role, source, data, epochs, lr, hw):
         model = load_model(source, role, torch.float32)
     model = model.to(hw.device)
     work_dir = pathlib.Path(args.output_dir) / folder.name
-    data = replace(data, dev=[])
     state = train(sft_args, TrainState(), model, None, data, hw, work_dir, phase=f"{role}_sft")
 
     if hw.rank == 0:
@@ -2268,7 +2253,8 @@ def identity(teacher, student, rows):
 
 
 def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def fingerprint(source):
@@ -2280,8 +2266,8 @@ def fingerprint(source):
     stamps = []
     if not folder.is_dir():
         name = "adapter_config.json" if base else "config.json"
-        file = transformers.utils.hub.cached_file(source, name)
-        stamps = [source, transformers.utils.hub.extract_commit_hash(file, None)]
+        file = huggingface_hub.hf_hub_download(source, name)
+        stamps = [source, pathlib.Path(file).parent.name]  # snapshots/COMMIT/config.json
     for path in sorted(folder.glob("*")):
         if path.is_file() and path.name not in ("results.json", "README.md", "warm_start.json"):
             stamps.append([path.name, file_digest(path, path.stat().st_mtime_ns)])
@@ -2318,11 +2304,10 @@ class Hardware:
 
     def total(self, sums):
         """{name: scalar tensor} of this process -> summed over all, which have the same names."""
-        names = sorted(sums)
-        totals = torch.stack([sums[name].float() for name in names])
+        totals = torch.stack([*sums.values()])
         if self.world > 1:
             dist.all_reduce(totals)
-        return dict(zip(names, totals, strict=True))
+        return dict(zip(sums, totals, strict=True))
 
     def gather(self, value):
         """The values of all processes, in every process. All wait for the last one."""
@@ -2337,13 +2322,13 @@ class Hardware:
     def now(self):
         """Seconds, once the device has done all its work."""
         if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     def peak_memory(self):
         """{metric: GB}: the allocator's since distillation began on CUDA, else the process's."""
         if self.device.type == "cuda":
-            return {"peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9}
+            return {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {"process_peak_gb": peak / 1e9}
@@ -2359,11 +2344,12 @@ def pick_hardware(device="auto", precision="auto"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with explaining(f"--device {device} cannot be used here"):
         torch_device = torch.empty(1, device=name).device  # with an index
-        if torch_device.type == "cuda":
+        on_gpu = torch_device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(torch_device)
-    if torch_device.type == "cuda":  # --precision fp32 means no TF32
-        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+            # --precision fp32 means no TF32
+            torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+            torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if precision == "auto":
         precision = fast_precision(torch_device)
     # In every forward pass transformers would read tensors back from the device, to look for packed
@@ -2373,7 +2359,6 @@ def pick_hardware(device="auto", precision="auto"):
     if torch_device.type == "cpu":
         transformers.AttentionInterface.register("sdpa", attention_on_cpu)
     if world > 1:
-        on_gpu = torch_device.type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         atexit.register(dist.destroy_process_group)
     rank = int(os.environ.get("RANK", 0))
@@ -2443,9 +2428,8 @@ def sync(path):
 
 
 def out_of_memory(error):
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "can't allocate memory" in str(error)
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager
@@ -2494,8 +2478,11 @@ def distil(args):
     hw = pick_hardware(args.device, args.precision)
     if hw.rank > 0:  # only the first process prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
-    if args.shard and hw.world == 1:
-        raise UserError("--shard needs several processes: start them with torchrun")
+    if args.shard and (hw.world == 1 or args.text == "mixture" or args.teacher_sft == "full"):
+        raise UserError(
+            "--shard needs several processes (torchrun), --teacher-sft lora and a --text other "
+            "than mixture"
+        )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|fan_in_fan_out)")
@@ -2514,7 +2501,7 @@ def distil(args):
         rouge_l["rouge_l_teacher"] = score(args, teacher, test_rows, data, hw)
         rouge_l["rouge_l_start"] = score(args, student, test_rows, data, hw)
     if hw.device.type == "cuda":  # the peak is then that of the method
-        torch.cuda.reset_peak_memory_stats(hw.device)
+        torch.cuda.reset_peak_memory_stats()
     if args.text == "teacher":
         data.train = teacher_text(args, state, teacher, data, hw, run_dir)
     if args.cache_teacher:
@@ -2523,7 +2510,8 @@ def distil(args):
         state.seconds += hw.now() - start
     state = train(args, state, student, teacher, data, hw, run_dir, wandb_run=wandb_run)
 
-    student = cast(student, checkpoint_dtype(args.student))  # what is scored is what is saved
+    # Saved, and so scored, in the dtype that the student was published in.
+    student = cast(student, load_config(args.student, "student").dtype or torch.float32)
     if test_rows:
         rouge_l["rouge_l"] = score(args, student, test_rows, data, hw)
     if hw.rank == 0:
@@ -2547,11 +2535,10 @@ def prepare(args, hw):
     for size in sizes:
         if min(size, len(data.train)) % hw.world > 0:
             raise UserError(f"{hw.world} processes cannot share batches of {size} rows")
-    if args.text == "adaptive" and not data.dev:
-        raise UserError("--text adaptive needs dev rows: phi depends on the evaluations")
-    check_fits(empty_model(args.student, "student"), "student", rows, tokenizer, args.max_length)
-    teacher = empty_model(args.teacher, "teacher")
-    check_fits(teacher, "teacher", rows, tokenizer, args.max_length)
+    if args.text == "adaptive" and not data.dev[: args.eval_rows]:
+        raise UserError("--text adaptive needs --eval-rows: phi depends on the evaluations")
+    empty_model(args.student, "student", rows, tokenizer, args.max_length)
+    teacher = empty_model(args.teacher, "teacher", rows, tokenizer, args.max_length)
     if args.teacher_sft == "lora" and args.teacher_sft_epochs > 0:
         lora_modules(teacher, "auto", 0)
     if args.teacher_moves:
@@ -2570,24 +2557,23 @@ def prepare(args, hw):
         models = f"{pathlib.Path(args.student).name}-{pathlib.Path(args.teacher).name}"
         stamp = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         args.output_dir = hw.gather(f"runs/{args.method}-{models}-s{args.seed}-{stamp}")[0]
-    # wandb refuses some characters, and two folders of one name are two runs.
-    name = re.sub(r"[^\w.-]", "-", pathlib.Path(args.output_dir).name)[:64]
-    record = {"label": run_label(args), "command": shlex.join(["python", *sys.argv])}
-    record["wandb_id"] = f"{name}-{secrets.token_hex(4)}"
-    return data, {**record, "began_with": began_with, **asdict(args)}
+    record = {
+        "label": run_label(args),
+        "command": shlex.join(["python", *sys.argv]),
+        "wandb_id": secrets.token_hex(8),
+        "began_with": began_with,
+    }
+    return data, {**record, **asdict(args)}
 
 
 def open_folder(args, record, data, hw):
     """The run's folder: a new one, so that two runs never share it, or that of --resume."""
     folder = pathlib.Path(args.output_dir)
-    if hw.rank == 0 and not args.resume:
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"{folder} exists: choose another --output-dir") from None
-    hw.barrier()
-    if hw.rank > 0:
+    if hw.rank > 0:  # warm_starts waits for the first process
         return folder
+    if not args.resume:
+        with explaining("choose another --output-dir"):
+            folder.mkdir(parents=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2606,11 +2592,11 @@ def open_folder(args, record, data, hw):
 
 def require_same(stored, found, run_dir):
     """Raises UserError when a resumed run would not be the run that began."""
-    for name, value in stored.items():
-        if found[name] != value:
+    for name, value in found.items():
+        if stored[name] != value:
             raise UserError(
-                f"{run_dir}: {name} changed since the run began (then {value}, now {found[name]}): "
-                "restore what it began with, or begin another run"
+                f"{run_dir}: {name} changed since the run began (then {stored[name]}, now "
+                f"{value}): restore what it began with, or begin another run"
             )
 
 
@@ -2643,7 +2629,7 @@ def warm_starts(args, data, hw, run_dir):
         models = json.loads(path.read_text())
         with explaining(f"{run_dir}: a fine-tuned model that this run began with is gone"):
             found = identity(models["teacher"], models["student"], data.train)
-        require_same({name: models["problem"][name] for name in found}, found, run_dir)
+        require_same(models["problem"], found, run_dir)
         return models
 
     teacher = args.teacher
@@ -2670,7 +2656,6 @@ def warm_starts(args, data, hw, run_dir):
     }
     if hw.rank == 0:
         write_file(path, json.dumps(models, indent=2) + "\n")
-    hw.barrier()
     return models
 
 
@@ -2717,46 +2702,45 @@ def finish(args, record, models, final, student, teacher, data, run_dir, wandb_r
     """Save what the run leaves, then print its table. wandb comes last, since it may fail."""
     if args.teacher_moves:
         save_adapter(teacher, models["teacher"], data.tokenizer, run_dir / "teacher_lora")
-    with open(run_dir / "metrics.jsonl", "a") as file:
-        values = {f"final/{name}": value for name, value in final.items()}
-        file.write(json.dumps({"phase": "final", "step": final["steps"], **values}) + "\n")
+    last_record = write_record(run_dir / "metrics.jsonl", "final", final["steps"], "final", final)
     temporary = run_dir / "student.tmp"
     save_model(student, data.tokenizer, temporary, data.stop_ids)
     (temporary / "README.md").write_text(model_card(args, record, models, final))
     temporary.rename(run_dir / "student")  # a run with a student has ended
     (run_dir / "checkpoint.pt").unlink()
 
-    rows = [
-        ["teacher", "rouge_l_teacher", "dev_frozen_teacher_ce", None, models["teacher_seconds"]],
-        [
-            "student, start",
-            "rouge_l_start",
-            "start_dev_student_ce",
-            "start_dev_fkl",
-            models["student_seconds"],
-        ],
-        [f"student, {args.method}", "rouge_l", "dev_student_ce", "dev_fkl", final["distil_s"]],
-    ]
-    if args.teacher_moves:
-        rows.insert(1, ["teacher, adapted", None, "dev_teacher_ce", "dev_drift", None])
-    print(f"\n{'':20}{'Rouge-L':>10}{'dev CE':>10}{'dev KL':>10}{'seconds':>10}")
-    for name, *cells, seconds in rows:
-        numbers = [final.get(cell) for cell in cells] + [seconds]
-        shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
-        print(f"{name:20}" + "".join(f"{text:>10}" for text in shown))
+    numbers = {**models, **final}
+    print_table(args.method, args.teacher_moves, numbers)
     print(f"run: {run_dir}")
     if wandb_run is not None:
         try:
-            wandb_run.summary.update(values)
+            wandb_run.summary.update(last_record)
             wandb_run.finish()
         except Exception as error:
             print(f"wandb failed, the run is in {run_dir}: {error}", file=sys.stderr)
 
 
+def print_table(method, teacher_moves, numbers):
+    """The numbers that have been measured, one row for each network."""
+    rows = [
+        ("teacher", "rouge_l_teacher dev_frozen_teacher_ce - teacher_seconds"),
+        ("student, start", "rouge_l_start start_dev_student_ce start_dev_fkl student_seconds"),
+        (f"student, {method}", "rouge_l dev_student_ce dev_fkl distil_s"),
+    ]
+    if teacher_moves:
+        rows.insert(1, ("teacher, adapted", "- dev_teacher_ce dev_drift -"))
+    print(f"\n{'':20}{'Rouge-L':>10}{'dev CE':>10}{'dev KL':>10}{'seconds':>10}")
+    for title, names in rows:
+        line = f"{title:20}"
+        for name in names.split():
+            line += f"{numbers[name]:10.3f}" if name in numbers else f"{'-':>10}"
+        print(line)
+
+
 def save_adapter(teacher, base, tokenizer, folder):
     """The online module as a PEFT adapter. It names its base so that it loads from anywhere."""
-    if pathlib.Path(base).is_dir():
-        base = str(pathlib.Path(base).resolve())
+    if os.path.isdir(base):
+        base = os.path.abspath(base)
     teacher.peft_config["default"].base_model_name_or_path = base
     teacher.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)

@@ -586,7 +586,7 @@ def test_label_names_what_differs_from_the_defaults(flags, label):
 METRICS = """
 phase step
 train/student_loss train/student_grad_norm train/lr train/phi train/loss_scale
-train/sampling_s train/process_peak_gb train/tokens_per_s
+train/sampling_s train/process_peak_gb train/tokens train/training_s train/tokens_per_s
 dev/fkl dev/rkl dev/student_ce dev/teacher_ce dev/frozen_teacher_ce
 dev/student_entropy dev/teacher_entropy dev/top1_agreement dev/drift
 """
@@ -2389,8 +2389,7 @@ olmo2               model.layers self_attn.q_proj self_attn.v_proj
 smollm3             model.layers self_attn.q_proj self_attn.v_proj
 granite             model.layers self_attn.q_proj self_attn.v_proj
 cohere              model.layers self_attn.q_proj self_attn.v_proj
-deepseek_v3         model.layers self_attn.q_a_proj self_attn.q_b_proj \
-                    self_attn.kv_a_proj_with_mqa self_attn.kv_b_proj self_attn.o_proj
+deepseek_v3         model.layers self_attn.q_b_proj self_attn.kv_b_proj
 gpt_oss             model.layers self_attn.q_proj self_attn.v_proj
 mamba               backbone.layers mixer.in_proj
 falcon_h1           model.layers self_attn.q_proj self_attn.v_proj
@@ -2656,9 +2655,7 @@ def test_the_demo_has_bytes_and_an_end_token():
 
 def check(folder, config, max_length=64):
     config.save_pretrained(folder)
-    okd.check_fits(
-        okd.empty_model(str(folder), "student"), "student", ROWS, okd.demo_tokenizer(), max_length
-    )
+    okd.empty_model(str(folder), "student", ROWS, okd.demo_tokenizer(), max_length)
 
 
 def test_a_token_beyond_the_head_is_named(tmp_path):
@@ -2883,7 +2880,7 @@ def test_runs_of_one_second_get_two_folders(job, tmp_path, monkeypatch):
 
 def test_given_folder_that_exists_is_refused(job):
     job.folder.mkdir()
-    assert "exists: choose another --output-dir" in job(code=2)
+    assert "choose another --output-dir (FileExistsError: " in job(code=2)
     assert list(job.folder.iterdir()) == []
 
 
@@ -3102,7 +3099,7 @@ def test_record_cut_in_the_middle_is_reported_again(stopped, whole):
 # -----------------------------------------------------------------------------
 # What a resumed run accepts
 
-FIXED = "--method fkl|--seed 2|--data x|--lr 1|--alpha 0|--teacher x|--lora-rank 3|--no-shard"
+FIXED = "--method fkl|--seed 2|--data x|--lr 1|--alpha 0|--teacher x|--lora-rank 3|--shard"
 
 
 @pytest.mark.parametrize("flag", FIXED.split("|"))
@@ -3342,7 +3339,7 @@ def test_wandb_has_the_flags(tracked):
 def test_wandb_id_is_legal_and_ones_own(tracked):
     _, records = tracked
     (name,) = {record.run.run_id for record in records if record.HasField("run")}
-    assert re.fullmatch(r"run-1-[0-9a-f]{8}", name)
+    assert re.fullmatch(r"[0-9a-f]{16}", name)
 
 
 def test_wandb_summary_has_the_final_scores(tracked):
@@ -3383,7 +3380,7 @@ def test_every_flag_has_a_help_text(monkeypatch):
     for field in fields(okd.Args):
         flag = field.name.replace("_", "-")
         assert re.search(rf"--{flag}[ ,].*?[a-z]+ [a-z]+.*?\(default:", text)
-    assert "(default: gpt2-xl)" in text  # of the real job, not of the demo
+    assert "(default: 0.0001)" in text  # of the real job, not of the demo
 
 
 MISTAKES = """
