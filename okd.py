@@ -587,7 +587,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
     reporter = Reporter(log_path, phase, state, num_steps, hw, wandb_run, num_known)
     sampler = Sampler(args, state, student, teacher, data.stop_ids, hw)
 
-    signals = [0]
+    signals = [0]  # 0: none yet
     handlers = record_signals(signals)
     last_save = time.monotonic()
     clock = hw.now()
