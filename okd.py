@@ -583,8 +583,8 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         print(f"{run_dir}: resumed after step {state.step}")
     state.taid = torch.as_tensor(state.taid, device=hw.device)
     log_path = run_dir / "metrics.jsonl"
-    num_known = cut_log(log_path, state.log_bytes, hw)
-    reporter = Reporter(log_path, phase, state, num_steps, hw, wandb_run, num_known)
+    last_known = cut_log(log_path, state.log_bytes, hw)
+    reporter = Reporter(log_path, phase, state, num_steps, hw, wandb_run, last_known)
     sampler = Sampler(args, state, student, teacher, data.stop_ids, hw)
 
     signals = [0]  # 0: none yet
@@ -766,7 +766,7 @@ def learning_rate(step, num_steps, peak, warmup=0.03):
 class Reporter:
     """One dict of metrics, three readers: metrics.jsonl, wandb with --track, and the console.
 
-    A resumed run reports again what came after its checkpoint: num_known records are on wandb.
+    A resumed run reports again what came after its checkpoint; wandb has it up to last_known.
     """
 
     log_path: pathlib.Path
@@ -775,16 +775,14 @@ class Reporter:
     num_steps: int
     hw: "Hardware"
     wandb_run: object
-    num_known: int
+    last_known: tuple  # step, and whether it is an evaluation, which comes after the step's report
 
     def report(self, kind, metrics):
         if self.hw.rank > 0:
             return
         step = self.state.step
         record = write_record(self.log_path, self.phase, step, kind, metrics)
-        if self.num_known > 0:
-            self.num_known -= 1
-        elif self.wandb_run is not None:
+        if self.wandb_run is not None and (step, kind == "dev") > self.last_known:
             self.wandb_run.log(record, step=step)
 
         where = f"{self.phase} step {step} of {self.num_steps}"
@@ -853,8 +851,8 @@ def load_checkpoint(run_dir, networks, stateful):
 def cut_log(path, size, hw):
     """Cut metrics.jsonl to its size at the checkpoint, since what came later is reported again.
 
-    Returns the number of records cut off. Raises UserError when records of the time before the
-    checkpoint are missing.
+    Returns which record was the last before the cut, see Reporter. Raises UserError when records of
+    the time before the checkpoint are missing.
     """
     path.touch()
     log = path.read_bytes()
@@ -862,7 +860,11 @@ def cut_log(path, size, hw):
         raise UserError(f"{path} is shorter than at the last checkpoint: records were lost")
     if hw.rank == 0:
         os.truncate(path, size)
-    return log[size:].count(b"\n")
+    records = log[: log.rfind(b"\n") + 1].splitlines()  # the last one may be cut in the middle
+    if not records:
+        return -1, False
+    last = json.loads(records[-1])
+    return last["step"], "dev/fkl" in last
 
 
 # -----------------------------------------------------------------------------
@@ -1846,9 +1848,10 @@ def cache_states(teacher, rows, hw):
     """
     rows = sorted(rows, key=len)
     lengths = [len(row.response_ids) for row in rows]
-    shape = (sum(lengths), teacher.config.get_text_config().hidden_size)
+    width = Trunk(teacher, collate(rows[:1], hw.device), hw).hidden.size(1)
+    shape = (sum(lengths), width)
     needed = math.prod(shape) * hw.dtype.itemsize * hw.world / 1e9
-    free = free_memory() / 1e9
+    free = min(hw.gather(free_memory())) / 1e9
     sizes = f"--cache-teacher needs {needed:.2f} GB of host memory; {free:.2f} GB are free"
     print(sizes)
     if needed > free:
@@ -2141,7 +2144,8 @@ def lora_modules(model, targets, top_layers):
 
 def targets_of(paths, targets):
     """Of the paths of one block's linear modules those that --lora-targets means."""
-    patterns = [rf"\.({targets.replace(',', '|')})$"]
+    names = "|".join(re.escape(name) for name in targets.split(","))
+    patterns = [rf"\.({names})$"]
     if targets == "auto":
         patterns = AUTO_TARGETS
     if targets == "all-linear":

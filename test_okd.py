@@ -834,8 +834,9 @@ def cached(rows, teacher, hw=CPU):
     return rows
 
 
-def test_cached_states_are_those_before_response_tokens(examples):
-    teacher = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT narrows its last states
+def test_cached_states_are_those_before_response_tokens(family, examples):
+    teacher = tiny_model(family)
     row = cached(examples, teacher)[7]
     states = teacher.model(torch.tensor([row.prompt_ids + row.response_ids])).last_hidden_state[0]
     assert_close(row.states, states[len(row.prompt_ids) - 1 : -1].detach())
@@ -2469,6 +2470,7 @@ MISFITS = """
 family      | targets       | top_layers | message
 llama       | q_proj,c_attn | 0          | down_proj.*q_proj
 llama       | lm_head       | 0          | down_proj.*q_proj
+llama       | q_(proj       | 0          | down_proj.*q_proj
 llama       | auto          | 5          | only 4 layers
 deepseek_v3 | all-linear    | 0          | peft .*layers.0.mlp.down_proj
 mamba       | out_proj      | 0          | does not fit
@@ -3309,7 +3311,7 @@ def tracked(folders, tmp_path_factory):
     with killed("save_checkpoint", 5):
         job(f"--track --method fkl --temperature 2 {SAVE_EACH_STEP} --output-dir {job.folder}")
     wandb.finish()  # wandb's own process outlives the kill
-    job.resume("--track")
+    job.resume("--track --log-every 2")
     records = []
     for path in sorted(job.folder.glob("wandb/offline-run-*/*.wandb")):
         records += read_wandb(path)
