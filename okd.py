@@ -330,9 +330,7 @@ class Args:
     """
 
     # -- models and data --
-    # hub id or local folder; an adapter is merged onto its base. demo: the built-in demo, with
-    # settings of its own
-    teacher: str = "demo"
+    teacher: str = "demo"  # hub id or local folder; an adapter is merged onto its base
     student: str = "gpt2"  # hub id or local folder; must share the teacher's tokenizer
     # JSONL of training rows: instruction, input, output; prompt, response (or completion); or
     # messages, whose last assistant turn is the response. Unset: Dolly, from the hub
