@@ -2354,10 +2354,7 @@ def pick_hardware(device="auto", precision="auto"):
             torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if precision == "auto":
         precision = fast_precision(torch_device)
-    # In every forward pass transformers would read tensors back from the device, to look for packed
-    # rows, which do not exist here, and for padding, which is on the right and never seen.
-    transformers.masking_utils.find_packed_sequence_indices = no_check
-    transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask = no_check
+    skip_input_checks()
     if torch_device.type == "cpu":
         transformers.AttentionInterface.register("sdpa", attention_on_cpu)
     if world > 1:
@@ -2365,6 +2362,16 @@ def pick_hardware(device="auto", precision="auto"):
         atexit.register(dist.destroy_process_group)
     rank = int(os.environ.get("RANK", 0))
     return Hardware(torch_device, PRECISIONS[precision], rank, world)
+
+
+def skip_input_checks():
+    """In every forward pass transformers would read tensors back from the device.
+
+    It looks for packed rows, which do not exist here, and for padding, which is on the right and
+    never seen.
+    """
+    transformers.masking_utils.find_packed_sequence_indices = no_check
+    transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask = no_check
 
 
 def no_check(*_):
