@@ -87,10 +87,15 @@ OPTIONS = (*SAMPLING, "no_repeat_ngram_size")  # of generate()
 def check_flags(args):
     if args.paper and args.greedy:
         raise okd.UserError("--paper and --greedy are two protocols: choose one")
+    fixed = ()
     if args.paper or args.greedy:
-        for name in (*SAMPLING, "seeds"):
-            if getattr(args, name) != getattr(Args, name):
-                raise okd.UserError(f"--{name} does not go with --paper or --greedy")
+        fixed = (*SAMPLING, "seeds")
+    if args.paper:
+        fixed = (*OPTIONS, "seeds")
+    for name in fixed:
+        if getattr(args, name) != getattr(Args, name):
+            flag = name.replace("_", "-")
+            raise okd.UserError(f"--{flag} does not go with --paper or --greedy")
     if (
         min(args.limit or 1, args.max_prompt_length, args.max_new_tokens, args.sample_batch_size)
         < 1
@@ -210,6 +215,7 @@ class Checkpoint:
     source: str  # folder or hub id of the model
     folder: Path  # of results.json and generations/; the run's own
     flags: dict  # args.json of the run; empty for other models
+    problem: dict  # of the run, from models.json: digests of models and rows, lengths
     tokenizer: object
     key: list  # what its answers depend on besides prompt, protocol and seed
     hw: object
@@ -237,19 +243,22 @@ def open_checkpoint(name, args, hw):
     """Everything but the weights. Raises UserError."""
     source, folder = locate(name, args.output_dir)
     flags = {}
+    problem = {}
     if (folder / "args.json").exists():
         flags = read_json(folder / "args.json")
+        problem = read_json(folder / "models.json")["problem"]
     tokenizer = okd.load_tokenizer(source)
     batch_size = args.sample_batch_size
     key = [okd.fingerprint(source), str(hw.dtype), hw.device.type, batch_size]
     label = flags.get("label", name)
-    return Checkpoint(name, label, source, folder, flags, tokenizer, key, hw, batch_size)
+    return Checkpoint(name, label, source, folder, flags, problem, tokenizer, key, hw, batch_size)
 
 
 def default_sets(checkpoint, limit):
     """{name: lines} of what a checkpoint is scored on without --data."""
     if checkpoint.flags.get("data"):
-        return {"test": load_lines(checkpoint.folder / "test.jsonl", limit)}
+        lines = load_lines(checkpoint.folder / "test.jsonl", limit)
+        return {f"test-{short_hash(lines)}": lines}  # each --data of okd.py has its own
     name = "demo" if checkpoint.flags.get("teacher") == "demo" else "dolly"
     return {name: load_lines(name, limit)}
 
@@ -588,41 +597,49 @@ COLUMNS = {
 }
 
 
+def pick_runs(checkpoints):
+    """-> (checkpoints that count, notes for the reader).
+
+    Of runs with one label and seed the one that began last counts. Runs that solve different
+    problems are not seeds of one method: then their labels say which problem it is.
+    """
+    runs = [checkpoint for checkpoint in checkpoints if checkpoint.problem]
+    names = runs[0].problem if runs else ()
+    notes = []
+    for name in names:
+        values = {run.problem.get(name) for run in runs}
+        if len(values) > 1:
+            notes.append(f"runs differ in {name}: only runs of the same {name} are compared")
+            for run in runs:
+                run.label += f", {name} {run.problem.get(name)}"
+    counted = {}
+    for checkpoint in checkpoints:
+        place = (checkpoint.label, checkpoint.flags.get("seed"))
+        twin = counted.setdefault(place, checkpoint)
+        if twin is not checkpoint:
+            earlier, later = sorted([twin, checkpoint], key=began_at)
+            counted[place] = later
+            notes.append(f"{place}: {later.name} counts, later than {earlier.name}")
+    return list(counted.values()), notes
+
+
 @dataclass
 class Comparison:
     runs: list  # one per label and training seed
     baseline: str  # a label
     notes: list  # lines for the reader
-    comparable: bool  # whether all runs solve one problem
 
 
-def plan_comparison(checkpoints, baseline):
+def plan_comparison(checkpoints, notes, baseline):
     """Which runs are compared, and with which label. Raises UserError."""
-    runs = {}
-    problems = {}
-    notes = []
+    runs = []
     for checkpoint in checkpoints:
         with skipping(f"{checkpoint.name} in the comparison"):
             read_final(checkpoint)
-            problems[checkpoint.name] = read_json(checkpoint.folder / "models.json")["problem"]
-            place = (checkpoint.label, checkpoint.flags["seed"])
-            twins = [runs.get(place, checkpoint), checkpoint]
-            earlier, later = sorted(twins, key=began_at)
-            runs[place] = later
-            if earlier is not later:
-                notes.append(f"{place}: {later.name} counts, later than {earlier.name}")
+            runs.append(checkpoint)
     if not runs:
         raise okd.UserError("--compare needs runs of okd.py that have finished")
-    kept = list(runs.values())
-    comparable = True
-    first = problems[kept[0].name]
-    for run in kept:
-        differing = [name for name in first if problems[run.name].get(name) != first[name]]
-        if differing:
-            comparable = False
-            names = ", ".join(differing)
-            notes.append(f"no verdict: {run.name} and {kept[0].name} differ in {names}")
-    return Comparison(kept, pick_baseline(kept, baseline), notes, comparable)
+    return Comparison(runs, pick_baseline(runs, baseline), notes)
 
 
 def began_at(checkpoint):
@@ -704,11 +721,9 @@ def compare_set(comparison, data):
             entry[name] = mean_or_none([final.get(f"final/{name}") for final in finals])
         if label == comparison.baseline:
             entry["verdict"] = "baseline"
-        elif comparison.comparable:
+        else:
             baseline_runs = groups.get(comparison.baseline, [])
             entry.update(paired_difference(runs, baseline_runs, data))
-        else:
-            entry["verdict"] = "none: other problems"
         entries.append(entry)
     return entries
 
@@ -720,10 +735,10 @@ def mean_or_none(values):
 def paired_difference(runs, baseline_runs, data):
     differences = []
     for run, other in itertools.product(runs, baseline_runs):
-        if run.flags["seed"] == other.flags["seed"]:
+        if run.flags["seed"] == other.flags["seed"] and run.problem == other.problem:
             differences.append(row_scores(run, data) - row_scores(other, data))
     if not differences:
-        return {"verdict": "no training seed in common"}
+        return {"verdict": "none: the baseline has no run of this seed and problem"}
     values = torch.stack(differences)
     mean = values.mean().item()
     found = {"difference": mean}
@@ -733,6 +748,8 @@ def paired_difference(runs, baseline_runs, data):
     low, high = interval(values)
     found["interval"] = [low, high]
     found["verdict"] = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    if len(differences) < len(runs):
+        found["verdict"] += f", {len(differences)} seeds in common"
     if low <= 0 <= high:
         found["verdict"] += ", not distinguishable"
     return found
@@ -915,7 +932,8 @@ def evaluate_all(args):
     transformers.logging.disable_progress_bar()
     checkpoints, teacher = open_all(args, hw)
     # Before scoring, which may take hours.
-    comparison = plan_comparison(checkpoints, args.baseline) if args.compare else None
+    counted, notes = pick_runs(checkpoints)
+    comparison = plan_comparison(counted, notes, args.baseline) if args.compare else None
 
     words = ", ".join(f"{name} {value}" for name, value in protocol.items())
     words += f", seeds {seeds}, {hw.dtype} on {hw.device.type}"
@@ -941,9 +959,10 @@ def evaluate_all(args):
     entries = []
     if teacher is not None:
         for data in sets:
-            print(distribution_table(checkpoints, data))
+            print(distribution_table(counted, data))
+        print("", *notes, sep="\n")
         figures.append(folder / "analysis.png")
-        draw_analysis(checkpoints, sets[0], figures[-1])
+        draw_analysis(counted, sets[0], figures[-1])
         print(f"\nwritten: {figures[-1]}")
     if comparison is not None:
         entries = report_comparison(comparison, sets, words, folder)
