@@ -24,7 +24,6 @@ divergences, methods, losses, flags, training loop, one micro-batch, the text of
 data, models, warm start, processes and disk, main.
 """
 
-import atexit
 import contextlib
 import copy
 import fcntl
@@ -62,6 +61,7 @@ import torch.distributed as dist
 import transformers
 import tyro
 from rouge_score.rouge_scorer import RougeScorer
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
@@ -388,7 +388,7 @@ class Args:
     save_minutes: float = 10  # between checkpoints; 0: only at the end and on SIGTERM or SIGINT
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     # of autocast; weights, softmax and losses are float32. auto: bf16 where it is fast, else fp16
-    # on a GPU and fp32 on a CPU
+    # on CUDA and fp32 elsewhere
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     shard: bool = False  # under torchrun: split the frozen teacher over the processes
     log_every: int = 10  # steps between two reports
@@ -473,6 +473,8 @@ def parse_args(argv):
     own_text = args.text in ("student", "adaptive", "mixture")
     if own_text and args.student_ce_weight > 0:
         raise UserError("--student-ce-weight: on the student's own text there is no gold token")
+    if args.sgo_fraction > 0 and args.text not in ("student", "adaptive"):
+        raise UserError("--sgo-fraction: --text student or adaptive is needed")
     if args.teacher_moves and args.anchor == 0 and (own_text or args.alpha == 1):
         raise UserError(
             "a moving teacher needs --anchor, or gold text and --alpha below 1: else teacher and "
@@ -1805,7 +1807,8 @@ def collate(rows, device):
     rollout = torch.tensor([values for row in rows for values in row.rollout or []])
     tensors = [input_ids, positions, labels, rollout]
     if rows[0].states is not None:
-        tensors.append(torch.cat([row.states.to(device, non_blocking=True) for row in rows]))
+        states = torch.cat([row.states for row in rows])
+        tensors.append(states.pin_memory() if device.type == "cuda" else states)
     return Batch(*[tensor.to(device, non_blocking=True) for tensor in tensors])
 
 
@@ -1849,12 +1852,12 @@ def cache_states(teacher, rows, hw):
     width = Trunk(teacher, collate(rows[:1], hw.device), hw).hidden.size(1)
     shape = (sum(lengths), width)
     needed = math.prod(shape) * hw.dtype.itemsize * hw.world / 1e9
-    free = min(hw.gather(free_memory())) / 1e9
+    free = min(hw.gather(free_memory(hw.world))) / 1e9
     sizes = f"--cache-teacher needs {needed:.2f} GB of host memory; {free:.2f} GB are free"
     print(sizes)
     if needed > free:
         raise UserError(sizes)
-    states = torch.empty(shape, dtype=hw.dtype, pin_memory=hw.device.type == "cuda")
+    states = torch.empty(shape, dtype=hw.dtype)
     start = 0
     for batch in micro_batches(rows, 4096, hw, share=False):
         end = start + len(batch.labels)
@@ -1864,13 +1867,13 @@ def cache_states(teacher, rows, hw):
         row.states = view
 
 
-def free_memory():
-    """Bytes that this process may still take: of the machine, or of its container."""
+def free_memory(num_processes):
+    """Bytes that the processes may still take: of the machine, or of its container."""
     free = psutil.virtual_memory().available
     limit = pathlib.Path("/sys/fs/cgroup/memory.max")
     if limit.exists():
         most = float(limit.read_text().replace("max", "inf"))
-        free = min(free, most - psutil.Process().memory_info().rss)
+        free = min(free, most - num_processes * psutil.Process().memory_info().rss)
     return free
 
 
@@ -1971,8 +1974,9 @@ def save_model(model, tokenizer, folder, stop_ids):
     generation_config.eos_token_id = stop_ids
     path = folder / "generation_config.json"
     path.write_text(generation_config.to_json_string())  # save_pretrained refuses some of the hub's
-    for path in folder.iterdir():
-        sync(path)
+    for path in folder.rglob("*"):  # some tokenizers write a folder of chat templates
+        if path.is_file():
+            sync(path)
 
 
 def load_config(name, role):
@@ -2195,7 +2199,9 @@ def warm_start(args, role, source, data, epochs, lr, hw):
     cache = pathlib.Path(args.cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"{role}-{pathlib.Path(source).name}-{digest(recipe)}"
+    work_dir = pathlib.Path(args.output_dir) / folder.name
     if hw.gather(folder.exists())[0]:
+        (work_dir / "checkpoint.pt").unlink(missing_ok=True)  # another run was faster
         print(f"{role}: fine-tuned before, kept in {folder}")
         return str(folder), json.loads((folder / "warm_start.json").read_text())["seconds"]
 
@@ -2214,11 +2220,10 @@ def warm_start(args, role, source, data, epochs, lr, hw):
     if use_lora:
         model = add_lora(load_model(source, role, hw.dtype), rank=32, scale=1.0)
         if args.shard:
-            shard_blocks(model)
+            shard_blocks(model, hw)
     else:
         model = load_model(source, role, torch.float32)
     model = model.to(hw.device)
-    work_dir = pathlib.Path(args.output_dir) / folder.name
     state = train(sft_args, TrainState(), model, None, data, hw, work_dir, phase=f"{role}_sft")
 
     if hw.rank == 0:
@@ -2359,7 +2364,6 @@ def pick_hardware(device="auto", precision="auto"):
         transformers.AttentionInterface.register("sdpa", attention_on_cpu)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-        atexit.register(dist.destroy_process_group)
     rank = int(os.environ.get("RANK", 0))
     return Hardware(torch_device, PRECISIONS[precision], rank, world)
 
@@ -2390,7 +2394,7 @@ def attention_on_cpu(module, query, key, value, attention_mask, **options):
 
 
 def fast_precision(device):
-    """bf16 where it is fast, else fp16 on a GPU and fp32 on a CPU.
+    """bf16 where it is fast, else fp16 on CUDA and fp32 elsewhere.
 
     On a CPU bf16 takes a sixth of float32's time with AMX, half of it with AVX-512's bf16, and ten
     times it with neither.
@@ -2401,14 +2405,15 @@ def fast_precision(device):
     return "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "fp32"
 
 
-def shard_blocks(model):
+def shard_blocks(model, hw):
     """Split the frozen weights of a teacher's blocks over the processes (FSDP2).
 
     They are whole while their block runs. LoRA stays as it is, for optimizer and checkpoints.
     """
+    mesh = init_device_mesh(hw.device.type, (hw.world,))
     for block in blocks_of(model):
         trainable = {p for p in block.parameters() if p.requires_grad}
-        fully_shard(block, ignored_params=trainable)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trainable)
 
 
 @contextlib.contextmanager
@@ -2463,8 +2468,8 @@ def one_line_errors(program):
         sys.exit(130)
     except Exception as error:
         hint = ""
-        if "by peer" in str(error):  # torchrun: the connection broke, another process says why
-            sys.exit(2)
+        if dist.is_initialized() and "by peer" in str(error):
+            sys.exit(2)  # the connection to another process broke, which says why
         if out_of_memory(error):
             hint = "out of memory: lower --micro-batch-tokens or --sample-batch-size: "
         elif not isinstance(error, (UserError, OSError)):
@@ -2687,7 +2692,7 @@ def load_networks(args, models, hw):
             args.seed,
         )
     if args.shard:
-        shard_blocks(teacher)
+        shard_blocks(teacher, hw)
     return teacher.to(hw.device), student.to(hw.device)
 
 
@@ -2783,6 +2788,8 @@ tags: [knowledge-distillation, okd]
 def main(argv=None):
     with one_line_errors("okd.py"):
         distil(parse_args(sys.argv[1:] if argv is None else argv))
+        if dist.is_initialized():  # not after an error: on NCCL it would wait for the others
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

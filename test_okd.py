@@ -20,9 +20,8 @@ import time
 import types
 from dataclasses import fields
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
-os.environ["WANDB_MODE"] = "offline"
-os.environ["WANDB_SILENT"] = "true"
+# HF_HUB_OFFLINE is read when the hub's library is imported.
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
 
 import huggingface_hub
 import peft
@@ -33,6 +32,7 @@ import torch
 import transformers
 import wandb
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 from wandb.proto.wandb_internal_pb2 import Record
@@ -618,11 +618,6 @@ def test_labels_are_shifted_and_eos_is_a_target():
     assert batch.positions.tolist() == [1, 2, 4]
 
 
-def test_micro_batches_keep_the_limit(examples):
-    for batch in okd.micro_batches(examples, 100, CPU):
-        assert batch.input_ids.numel() <= 100 or len(batch.input_ids) == 1
-
-
 @pytest.mark.parametrize(
     ("num_rows", "longest", "max_tokens", "sizes"),
     [
@@ -644,6 +639,7 @@ def test_processes_share_rows_in_equally_many_micro_batches(examples):
         hw = dataclasses.replace(CPU, rank=rank, world=3)
         shares.append(list(okd.micro_batches(examples[:39], 100, hw)))
     assert len(shares[0]) == len(shares[1]) == len(shares[2])
+    assert all(batch.input_ids.numel() <= 100 for batch in sum(shares, []))
     labels = torch.cat([batch.labels for batch in sum(shares, [])])
     assert labels.sort()[0].equal(labels_of(examples[:39]).sort()[0])
 
@@ -1988,10 +1984,6 @@ def test_tools_reach_the_template():
     assert read(line, "knows tools")[0].startswith("False<|im_start|>")
 
 
-def test_no_tools_are_none():
-    assert read(AB[:-1] + ', "tools": []}', "knows tools")[0].startswith("True")
-
-
 def test_tokenizer_without_template_is_refused():
     with user_error("chat_template"):
         okd.read_row(json.loads(AB), okd.demo_tokenizer())
@@ -2631,7 +2623,9 @@ def test_the_folders_generation_config_is_never_sampled_with(penalized):
 
 
 def test_saving_keeps_generation_config_with_our_stops(penalized, tmp_path):
-    okd.save_model(penalized, okd.demo_tokenizer(), tmp_path / "saved", [1, 5])
+    tokenizer = okd.demo_tokenizer()
+    tokenizer.chat_template = {"default": "", "tool_use": ""}  # written into a folder
+    okd.save_model(penalized, tokenizer, tmp_path / "saved", [1, 5])
     saved = transformers.GenerationConfig.from_pretrained(tmp_path / "saved")
     assert (saved.repetition_penalty, saved.eos_token_id) == (1.5, [1, 5])
 
@@ -2644,11 +2638,6 @@ def test_router_logits_are_switched_off(tmp_path):
 def test_gelu_new_is_computed_in_one_kernel(tmp_path):
     tiny_model(activation_function="gelu_new").save_pretrained(tmp_path)
     assert load_folder(tmp_path).config.activation_function == "gelu_pytorch_tanh"
-
-
-def test_the_demo_has_bytes_and_an_end_token():
-    config = okd.load_model("demo", "student", torch.float32).config
-    assert (config.vocab_size, config.eos_token_id) == (257, 256)
 
 
 # -----------------------------------------------------------------------------
@@ -2874,10 +2863,7 @@ def test_runs_of_one_second_get_two_folders(job, tmp_path, monkeypatch):
     job.flags = job.flags.replace(f"--output-dir {job.folder}", "")
     for _ in range(2):
         job("--max-steps 1 --eval-rows 0 --score-rows 0")
-    for folder in tmp_path.glob("runs/okd*"):
-        assert re.fullmatch("okd-student-teacher-s1-NOW-[0-9a-f]{4}", folder.name)
-        assert (folder / "student").exists()
-    assert len(list(tmp_path.glob("runs/okd*"))) == 2
+    assert len(list(tmp_path.glob("runs/okd-student-teacher-s1-NOW-????"))) == 2
 
 
 def test_given_folder_that_exists_is_refused(job):
@@ -2929,11 +2915,6 @@ def test_module_loads_from_another_working_directory(job, monkeypatch):
     model = peft.AutoPeftModelForCausalLM.from_pretrained(job.folder / "teacher_lora")
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     assert_close(loaded, weights_of(job.folder, "teacher_lora"))
-
-
-def test_table_has_dashes_for_what_was_not_asked(job):
-    out = job("--method fkl --score-rows 0 --eval-rows 0 --max-steps 1")
-    assert re.search(r"^student, fkl +- +- +- +\d", out, re.MULTILINE)
 
 
 def test_best_student_survives_a_kill(job, monkeypatch):
@@ -3040,7 +3021,6 @@ def test_sigkills_at_random_moments_lose_nothing(job):
 def test_signal_finishes_the_step_and_saves(number, code, job, whole, monkeypatch):
     """It comes twice at once, as from torchrun."""
     with monkeypatch.context() as patch:
-        patch.setattr(os, "_exit", sys.exit)
         on_call(patch, "learning_rate", 3, lambda: send_twice(number))
         assert f"stopped after step 3; python okd.py --resume {job.folder}" in job(code=code)
     assert "resumed after step 3" in job.resume()
@@ -3235,24 +3215,12 @@ def test_edited_config_is_fine_tuned_anew(job):
     assert len(list(job.cache.glob("student-*"))) == 2
 
 
-def test_one_row_of_a_large_file_counts(tmp_path):
+def test_every_byte_of_a_file_counts(tmp_path):
     path = tmp_path / "model.safetensors"
-    path.touch()
-    os.truncate(path, 2**32)  # sparse
-    os.utime(path, (1, 1))
+    path.write_bytes(bytes(2**22))
     before = okd.fingerprint(str(tmp_path))
-    assert okd.fingerprint(str(tmp_path)) == before
-    with open(path, "r+b") as file:
-        file.seek(2**31)
-        file.write(b"row")
+    path.write_bytes(bytes(2**22 - 1) + b"a")
     assert okd.fingerprint(str(tmp_path)) != before
-
-
-def test_fingerprint_is_that_of_a_copy(folders, tmp_path):
-    source = folders / "gpt2" / "teacher"
-    copied = tmp_path / "copy"
-    shutil.copytree(source, copied, copy_function=shutil.copyfile)  # other times
-    assert okd.fingerprint(str(copied)) == okd.fingerprint(str(source))
 
 
 def test_weights_not_finite_are_never_kept(job):
@@ -3392,6 +3360,7 @@ flags                                    | message
 --batch-size 0                           | --batch-size is 0
 --ab-alpha 0 --ab-beta 0                 | both 0
 --text student                           | needs --anchor
+--method fkl --sgo-fraction 0.5          | --text student or adaptive
 --method gkd --student-ce-weight 0.5     | there is no gold token
 --method distillm --eval-rows 0          | needs --eval-rows
 --cache-teacher                          | the states of a moving teacher change
@@ -3426,6 +3395,12 @@ def test_out_of_memory_names_the_flags(job, monkeypatch):
     assert "out of memory: lower --micro-batch-tokens or --sample-batch-size" in line
 
 
+def test_a_lost_connection_is_said(capsys):
+    with pytest.raises(SystemExit), okd.one_line_errors(""):
+        raise OSError("Connection reset by peer")
+    assert "reset by peer" in capsys.readouterr().err
+
+
 # -----------------------------------------------------------------------------
 # Several processes
 
@@ -3443,6 +3418,15 @@ def test_two_processes_equal_one(flags, folders, tmp_path):
     for ours, theirs in zip(timeless(job.folder), timeless(one), strict=True):
         assert ours.pop("phase") == theirs.pop("phase")
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_a_sharded_block_is_whole_only_while_it_runs():
+    okd.dist.init_process_group("fake", store=okd.dist.HashStore(), rank=0, world_size=2)
+    model = tiny_model().requires_grad_(False)
+    okd.shard_blocks(model, dataclasses.replace(CPU, world=2))
+    model(torch.tensor([[1]]))
+    okd.dist.destroy_process_group()
+    assert {type(weight) for weight in okd.blocks_of(model).parameters()} == {DTensor}
 
 
 def write_run(folder, label="fkl", seed=1, problem="p", eval_steps=(0, 10), **flags):
@@ -3464,7 +3448,9 @@ def make_checkpoint(folder, scores=(1.0,), **run):
     records = [{"row": row, "score": score} for row, score in enumerate(scores)]
     write_jsonl(folder / "generations" / "g", records)
     name = folder.name
-    checkpoint = okd_eval.Checkpoint(name, flags["label"], name, folder, flags, None, [], CPU, 1)
+    problem = okd_eval.read_json(folder / "models.json")["problem"]
+    label = flags["label"]
+    checkpoint = okd_eval.Checkpoint(name, label, name, folder, flags, problem, None, [], CPU, 1)
     mean = sum(scores) / len(scores)
     checkpoint.results["d"] = {"data": "d", "rouge_l": mean, "std": None, "generations": ["g"]}
     return checkpoint
@@ -3472,7 +3458,7 @@ def make_checkpoint(folder, scores=(1.0,), **run):
 
 def compare(runs, baseline=None):
     """{label: entry}, and the notes"""
-    comparison = okd_eval.plan_comparison(runs, baseline)
+    comparison = okd_eval.plan_comparison(*okd_eval.pick_runs(runs), baseline)
     entries = okd_eval.compare_set(comparison, "d")
     return {entry["method"]: entry for entry in entries}, "\n".join(comparison.notes)
 
@@ -3530,7 +3516,9 @@ def test_long_prompts_lose_their_beginning_but_bos(bos, kept):
 def test_a_run_is_scored_on_its_own_rows(tmp_path):
     run = make_checkpoint(tmp_path / "run", data="train.jsonl", teacher="demo")
     write_jsonl(run.folder / "test.jsonl", [pair()] * 3)
-    assert okd_eval.default_sets(run, 2) == {"test": [json.dumps(pair())] * 2}
+    ((name, lines),) = okd_eval.default_sets(run, 2).items()
+    assert lines == [json.dumps(pair())] * 2
+    assert name not in okd_eval.default_sets(run, 1)  # a set of other rows
 
 
 def test_a_run_of_the_demo_gets_its_rows(tmp_path):
@@ -3623,6 +3611,7 @@ flags                      | message
 --greedy --paper           | two protocols
 --greedy --seeds 1         | --seeds does not go with
 --paper --temperature 0.5  | --temperature does not go with
+--paper --no-repeat-ngram-size 3 | --no-repeat-ngram-size does not go with
 --top-p 1.5                | --top-p must lie in
 --limit -1                 | at least 1
 --data nowhere.jsonl       | nowhere.jsonl
@@ -3753,8 +3742,10 @@ def test_interval_over_seeds_is_paired_t():
 
 
 # label, seed, score
-# label, seed, score
-RUNS = "fkl 1 10, fkl 2 12, okd 1 15, okd 2 17, rkl 1 8, rkl 2 14, jsd 1 0, tvd 3 0"
+RUNS = (
+    "fkl 1 10, fkl 2 12, okd 1 15, okd 2 17, rkl 1 8, rkl 2 14, jsd 1 0, tvd 3 0, "
+    "ab 1 11, ab 2 13, ab 3 99"
+)
 
 
 def test_verdicts_of_known_scores(tmp_path):
@@ -3770,17 +3761,24 @@ def test_verdicts_of_known_scores(tmp_path):
         "okd": "+5.00 [+5.00, +5.00]",
         "rkl": "+0.00 [-25.41, +25.41], not distinguishable",
         "jsd": "-10.00, one training seed",
-        "tvd": "no training seed in common",
+        "tvd": "none: the baseline has no run of this seed and problem",
+        "ab": "+1.00 [+1.00, +1.00], 2 seeds in common",
     }
     assert entries["fkl"]["std_training"] == pytest.approx(math.sqrt(2))
 
 
-def test_other_problems_get_no_verdict(tmp_path):
-    one = make_checkpoint(tmp_path / "a", [1.0])
-    other = make_checkpoint(tmp_path / "b", [2.0], label="okd", problem="another")
-    entries, notes = compare([one, other])
-    assert notes == "no verdict: b and a differ in teacher"
-    assert entries["okd"]["verdict"] == "none: other problems"
+def test_only_runs_of_one_problem_are_compared(tmp_path):
+    fkl = make_checkpoint(tmp_path / "a", [1.0])
+    okd = make_checkpoint(tmp_path / "b", [3.0], label="okd")
+    other = make_checkpoint(tmp_path / "c", [7.0], label="okd", problem="another")
+    entries, notes = compare([fkl, okd, other])
+    assert notes == "runs differ in teacher: only runs of the same teacher are compared"
+    verdicts = {label: entry["verdict"] for label, entry in entries.items()}
+    assert verdicts == {
+        "fkl, teacher p": "baseline",
+        "okd, teacher p": "+2.00, one training seed",
+        "okd, teacher another": "none: the baseline has no run of this seed and problem",
+    }
 
 
 def test_of_equal_seeds_the_later_counts(tmp_path):
