@@ -55,7 +55,7 @@ METHODS = {
 }
 
 # Of study 2: what the teacher is fine-tuned on. The epochs on other rows than the demo's 400 make
-# for the same number of optimizer steps.
+# for nearly the same number of optimizer steps.
 SETTINGS = [
     ("400-rows-0-epochs", "--teacher-sft-epochs 0"),
     ("400-rows-10-epochs", "--teacher-sft-epochs 10"),
@@ -147,7 +147,7 @@ def read_run(folder):
     run["teacher_ce_start"] = run["evals"][0]["dev/teacher_ce"]
     run.update(run["evals"][-1])
     run.update(records[-1])
-    result = json.loads((folder / "results.json").read_text())[-1]
+    result = json.loads((folder / "results.json").read_text())[0]  # of the study's protocol
     run["rouge_l"] = result["rouge_l"]
     lines = (folder / "generations" / result["generations"][0]).read_text().splitlines()
     run["answers"] = {answer["row"]: answer for answer in map(json.loads, lines)}
@@ -353,7 +353,8 @@ def main():
     parser.add_argument("--seeds", type=int, help="default: 5, 3 and 1 in studies 1, 2 and 4")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once, a core each")
     for flag in ("--teacher", "--student", "--data", "--test"):
-        parser.add_argument(flag, help="study 4: a folder, or a file of JSON lines")
+        help_text = "study 4: absolute path of a folder, or of a file of JSON lines"
+        parser.add_argument(flag, help=help_text)
     args = parser.parse_args()
     if args.study == "figures":
         for study, report in REPORTS.items():
@@ -366,6 +367,8 @@ def main():
         write_rows()
         groups = SETTINGS
     if args.study == "4":
+        if None in (args.teacher, args.student, args.data, args.test):
+            parser.error("study 4 needs --teacher, --student, --data and --test")
         models = f"--teacher {args.teacher} --student {args.student} --data {args.data}"
         groups = [("dolly", f"{models} {REAL_TEXT}")]
         protocol = f"--data {args.test} --greedy --max-new-tokens 64 --precision bf16"
