@@ -323,7 +323,7 @@ def decode(checkpoint, data, examples, protocol, seed):
 
 
 def drop_unfinished_batch(file, size, num_rows):
-    """Cuts the file behind its last whole batch. Returns the number of rows that it then holds."""
+    """Cuts the file after its last whole batch. Returns the number of rows that it then holds."""
     file.seek(0)
     lines = file.read().splitlines(keepends=True)
     num_done = sum(line.endswith(b"\n") for line in lines)

@@ -20,8 +20,8 @@ ours. Not in the paper, and off by default, are w, other divergences D and the a
 
 Every baseline is one row of a table and runs in the same loop, on the same data, from the same
 start. Where one leaves its paper, a comment says so. The file is read from top to bottom:
-divergences, methods, losses, flags, training loop, one micro-batch, the text of a step, generation,
-data, models, warm start, processes and disk, main.
+divergences, methods, losses, flags, training loop, one micro-batch, evaluation, the text of a step,
+generation, data, batches, models, warm start, processes and disk, main.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import random
 import re
 import resource
@@ -46,6 +45,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 # Let CUDA's allocator grow its segments, which reduces fragmentation, unless the user chose
@@ -84,7 +84,7 @@ def fkl(log_p, log_q):
     The term sum p log p, which published code drops, has no gradient for a frozen teacher, but has
     one for a teacher that moves.
     """
-    # Written with 0 - sum(...), the backward pass needs one (n, V) copy less.
+    # log_q - log_p, not the reverse: for a frozen p the backward pass needs one (n, V) copy less.
     return 0 - (log_p.exp() * (log_q - log_p)).sum(-1)
 
 
@@ -181,13 +181,13 @@ def taid(log_p, log_q, t):
 TAID_START = (0.4, 0.0, math.inf)
 
 
-def taid_schedule(taid, loss, progress, delta=5e-4, momentum=0.99):
+def taid_schedule(schedule, loss, progress, delta=5e-4, momentum=0.99):
     """(t, trend of the loss, last loss) after a step of TAID's algorithm 1, from TAID_START.
 
-    t rises at least linearly, and faster while the loss falls. A tensor, so that it stays on the
-    device.
+    t rises at least linearly, and faster while the loss falls. The three stay on the device, as one
+    tensor.
     """
-    t, trend, last_loss = taid
+    t, trend, last_loss = schedule
     loss = torch.where(loss.isfinite(), loss, last_loss)  # else the step was skipped
     change = (last_loss - loss) / (last_loss + 1e-15)
     change = change.nan_to_num(0.0)  # inf / inf in the first step: no change yet
@@ -349,13 +349,13 @@ class Args:
     student_ce_weight: float | None = None  # share of cross-entropy in the student's loss
     sgo_fraction: float | None = None  # probability of student-generated output (SGO)
     temperature: float = 1.0  # softmax temperature of both networks in the loss, not in sampling
-    beta: float = 0.5  # jsd: the teacher's share of the mixture; towards 0 fkl, towards 1 rkl
-    skew: float = 0.1  # sfkl, srkl: share of the one distribution mixed into the other
+    beta: float = 0.5  # jsd: the teacher's share of the mixture; at 0 it is fkl, at 1 rkl
+    skew: float = 0.1  # sfkl: share of p mixed into q; srkl: of q into p
     ab_alpha: float = 0.2  # ab: exponent of p
     ab_beta: float = 0.7  # ab: exponent of q
     # -- the online module --
-    alpha: float = 0.5  # teacher's loss: alpha KL to the student + (1 - alpha) CE
-    anchor: float = 0.0  # weight of the KL to the teacher without its module; not in the paper
+    alpha: float = 0.5  # teacher's loss: alpha KL(student || teacher) + (1 - alpha) CE
+    anchor: float = 0.0  # weight of KL(p_0 || teacher), p_0 without its module; not in the paper
     teacher_lr_ratio: float = 1.0  # learning rate of the module / of the student
     lora_rank: int = 32  # rank of the module
     lora_scale: float = 1.0  # s in equation 15: peft's lora_alpha / rank
@@ -365,13 +365,13 @@ class Args:
     # -- warm start: both learn the gold text first, once for all runs; batches of 32 --
     teacher_sft: Literal["lora", "full"] = "lora"  # train LoRA, which is merged, or all weights
     teacher_sft_epochs: float = 3  # 0 for a teacher that is fine-tuned already
-    teacher_sft_lr: float = 2e-4  # peak learning rate of that
+    teacher_sft_lr: float = 2e-4  # peak learning rate of the teacher's fine-tuning
     student_sft_epochs: float = 3  # 0 for a student that is fine-tuned already
-    student_sft_lr: float = 1e-4  # peak learning rate of that
+    student_sft_lr: float = 1e-4  # peak learning rate of the student's fine-tuning
     cache_dir: str = "runs/.cache"  # where the fine-tuned models are kept
     # -- optimization --
     epochs: float = 20  # of distillation
-    max_steps: int = 0  # at most so many optimizer steps of distillation; 0: no limit
+    max_steps: int = 0  # stop after this many steps of distillation; 0: no limit
     batch_size: int = 32  # rows of an optimizer step, over all processes; the paper's: 8, 16, 32
     micro_batch_tokens: int = 4096  # tokens in memory at once, padding included; changes no loss
     sample_batch_size: int = 64  # prompts in memory at once, when sampling and when scoring
@@ -380,15 +380,15 @@ class Args:
     max_grad_norm: float = 1.0  # gradient clipping, for each network by itself; 0: none
     gradient_checkpointing: bool = False  # recompute the student's activations: less memory
     # -- the run --
-    seed: int = 1  # of data order, sampling, dropout and the module's start
+    seed: int = 1  # of data order, sampling, dropout and the module's initial weights
     output_dir: str | None = None  # a new folder; unset: runs/METHOD-STUDENT-TEACHER-sSEED-TIME
     # continue the run in this folder, with its own flags; only --device, --track, --log-every,
     # --save-minutes, --micro-batch-tokens, --sample-batch-size, --gradient-checkpointing may change
     resume: str | None = None
     save_minutes: float = 10  # between checkpoints; 0: only at the end and on SIGTERM or SIGINT
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    # of autocast; weights, softmax and losses are float32. auto: bf16 where it is fast, else fp16
-    # on CUDA and fp32 elsewhere
+    # of autocast and of frozen weights; trained weights, softmax and losses are float32. auto:
+    # bf16 where it is fast, else fp16 on CUDA and fp32 elsewhere
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     shard: bool = False  # under torchrun: split the frozen teacher over the processes
     log_every: int = 10  # steps between two reports
@@ -417,13 +417,13 @@ DEMO = Args(
     score_rows=400,
 )
 
-# What may change when a run is resumed: it changes results at most by rounding.
-RESUMABLE = (
+# What may be given with --resume: it changes results at most by rounding, and sampled text with it.
+RESUME_FLAGS = (
     "resume device track log_every save_minutes micro_batch_tokens sample_batch_size "
     "gradient_checkpointing"
 )
 # The problem that a run works on, and what concerns the run alone: no part of a method's label.
-NOT_SETTINGS = RESUMABLE + (
+NOT_IN_LABEL = RESUME_FLAGS + (
     " method teacher student data max_length max_prompt_length max_new_tokens teacher_sft "
     "teacher_sft_epochs teacher_sft_lr student_sft_epochs student_sft_lr cache_dir cache_teacher "
     "seed output_dir shard score_rows"
@@ -450,7 +450,7 @@ RANGES = [  # lowest, highest, flags
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: printed as one line, with exit code 2."""
+    """A mistake that the user can fix: printed as one line, with exit code 2."""
 
 
 def parse_args(argv):
@@ -470,12 +470,12 @@ def parse_args(argv):
     check_ranges(args)
     if args.ab_alpha == 0 and args.ab_beta == 0:
         raise UserError("--ab-alpha and --ab-beta are both 0: one of them must be larger")
-    own_text = args.text in ("student", "adaptive", "mixture")
-    if own_text and args.student_ce_weight > 0:
+    sampled_text = args.text in ("student", "adaptive", "mixture")
+    if sampled_text and args.student_ce_weight > 0:
         raise UserError("--student-ce-weight: on the student's own text there is no gold token")
     if args.sgo_fraction > 0 and args.text not in ("student", "adaptive"):
         raise UserError("--sgo-fraction: --text student or adaptive is needed")
-    if args.teacher_moves and args.anchor == 0 and (own_text or args.alpha == 1):
+    if args.teacher_moves and args.anchor == 0 and (sampled_text or args.alpha == 1):
         raise UserError(
             "a moving teacher needs --anchor, or gold text and --alpha below 1: else teacher and "
             "student only copy each other"
@@ -497,21 +497,21 @@ def check_ranges(args):
 
 
 def resumed_args(argv, folder):
-    """The flags that the run began with, and those of RESUMABLE that were given now."""
+    """The flags that the run began with, and those of RESUME_FLAGS that were given now."""
     with explaining(f"--resume {folder}: no run was begun there"):
-        stored = json.loads(pathlib.Path(folder, "args.json").read_text())
+        stored = read_json(Path(folder, "args.json"))
         begun = Args(**{f.name: stored[f.name] for f in fields(Args)})
     begun.output_dir = folder
     begun.precision = stored["began_with"]["precision"]
     args = tyro.cli(Args, args=argv, default=begun)
     check_ranges(args)
     changed = {name for name, value in asdict(args).items() if value != getattr(begun, name)}
-    fixed = changed - {*RESUMABLE.split()}
+    fixed = changed - {*RESUME_FLAGS.split()}
     if fixed:
         flag = min(fixed).replace("_", "-")
         raise UserError(f"--{flag}: a resumed run keeps its flags; begin another run instead")
     if changed & {"micro_batch_tokens", "sample_batch_size", "gradient_checkpointing"}:
-        print("the resumed run is equal to an unbroken one only up to rounding and sampling")
+        print("the resumed run may differ by rounding, and in sampled text")
     return args
 
 
@@ -521,7 +521,7 @@ def run_label(args):
     parts = [args.method]
     for name, value in asdict(args).items():
         default = getattr(METHODS[args.method], name, getattr(defaults, name))
-        if name not in NOT_SETTINGS.split() and value != default:
+        if name not in NOT_IN_LABEL.split() and value != default:
             parts.append(f"{name}={value}")
     return " ".join(parts)
 
@@ -572,8 +572,8 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
             student.activation_checkpointing_enable({"use_reentrant": False})
     optimizers = {name: make_optimizer(net, args.weight_decay) for name, net in networks.items()}
     scaler = make_scaler(hw)
-    # Without a divergence the teacher need not run.
-    loss_teacher = teacher if args.student_ce_weight < 1 or args.teacher_moves else None
+    # Without a divergence the teacher is not needed for the losses.
+    teacher_in_loss = teacher if args.student_ce_weight < 1 or args.teacher_moves else None
 
     run_dir.mkdir(parents=True, exist_ok=True)
     best_weights = None
@@ -596,11 +596,11 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         if dev_rows and (step % eval_every == 0 or step == num_steps):
             state.seconds += hw.now() - clock
             metrics = evaluate(args, student, teacher, dev_rows, data, hw)
+            record = {"step": step, **metrics}
             if step == 0:
                 require_finite(metrics, ["student_ce", "teacher_ce"], phase)
+                state.first_eval = record
             reporter.report("dev", metrics)
-            record = {"step": step, **metrics}
-            state.first_eval = state.first_eval or record
             best = state.best_eval
             if args.select == "last" or best is None or metrics["rouge_l"] >= best["rouge_l"]:
                 state.best_eval = record
@@ -625,7 +625,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         student.train(args.text != "mixture")
         for batch in micro_batches(rows, args.micro_batch_tokens, hw):
             losses = train_micro_batch(
-                args, student, loss_teacher, batch, hw, scaler, num_tokens, state.taid[0]
+                args, student, teacher_in_loss, batch, hw, scaler, num_tokens, state.taid[0]
             )
             sums.update(losses)  # a Counter adds
         student.eval()
@@ -634,8 +634,8 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         # Step.
         lr = learning_rate(step, num_steps, args.lr)
         for name, optimizer in optimizers.items():
-            own_lr = lr * args.teacher_lr_ratio if name == "teacher" else lr
-            grad_norm = optimizer_step(optimizer, scaler, own_lr, args.max_grad_norm, hw)
+            network_lr = lr * args.teacher_lr_ratio if name == "teacher" else lr
+            grad_norm = optimizer_step(optimizer, scaler, network_lr, args.max_grad_norm, hw)
             metrics[f"{name}_grad_norm"] = grad_norm
         scaler.update(None if hw.dtype == torch.float16 else 1.0)
         if args.divergence == "taid":
@@ -645,7 +645,7 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         state.tokens += sum(len(row) for row in rows)
         state.step = step + 1
 
-        # All processes stop after the same step, and save when the first one's clock says so.
+        # All processes stop after the same step, and save when it is time in the first one.
         save_due = hw.rank == 0 and 0 < args.save_minutes < (time.monotonic() - last_save) / 60
         stop_signal, save_due = max(hw.gather((max(signals), save_due)))
         is_last = state.step == num_steps
@@ -695,9 +695,9 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
 def record_signals(signals):
     """From now on SIGTERM and SIGINT only add their number to `signals`. Returns the old handlers.
 
-    The loop then finishes its step, saves a checkpoint and exits. A second one changes nothing:
-    torchrun sends its workers one of its own beside the one that reaches the whole job. Who cannot
-    wait uses SIGKILL, and loses what came after the last checkpoint.
+    The loop then finishes its step, saves a checkpoint and exits. Further signals change nothing:
+    torchrun passes on to its workers what the whole job has received. SIGKILL ends a run at once;
+    what came after the last checkpoint is lost.
     """
 
     def record(number, frame):
@@ -769,7 +769,7 @@ class Reporter:
     A resumed run reports again what came after its checkpoint; wandb has it up to last_known.
     """
 
-    log_path: pathlib.Path
+    log_path: Path
     phase: str
     state: TrainState
     num_steps: int
@@ -809,7 +809,7 @@ def write_record(path, phase, step, kind, metrics):
 
 
 def require_finite(metrics, names, phase):
-    """Raises UserError for a loss that is not finite: training could not mend it."""
+    """Raises UserError for a loss that is not finite: training could not fix it."""
     for name in names:
         value = float(metrics.get(name, 0.0))
         if not math.isfinite(value):
@@ -824,7 +824,7 @@ def trainable_weights(networks):
 
 
 def save_checkpoint(run_dir, networks, stateful, state, best_weights):
-    """All that training changes; load_checkpoint undoes it."""
+    """All that training changes; load_checkpoint reads it back."""
     checkpoint = {
         "weights": trainable_weights(networks),
         "best_weights": best_weights,
@@ -981,6 +981,10 @@ def train_micro_batch(args, student, teacher, batch, hw, scaler, num_tokens, tai
     return sums
 
 
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
 @torch.no_grad()
 def measure(student, teacher, rows, hw, max_tokens, need_p0=False, metrics=eval_metrics):
     """{name: values of all response tokens, (N,)}, rows in the order of sorted(rows, key=len).
@@ -1021,7 +1025,7 @@ def score(args, model, rows, data, hw):
     return total / len(rows)
 
 
-class Characters:
+class CharacterTokenizer:
     """Letters, marks and numbers of every script; rouge_score itself knows a to z and 0 to 9."""
 
     def tokenize(self, text):
@@ -1030,7 +1034,7 @@ class Characters:
 
 def on_characters(reference):
     """Whether Rouge-L compares characters: when most of the reference's are not ASCII."""
-    found = Characters().tokenize(reference)
+    found = CharacterTokenizer().tokenize(reference)
     return sum(not c.isascii() for c in found) > len(found) / 2
 
 
@@ -1038,7 +1042,7 @@ def rouge_l(prediction, references):
     """F of Rouge-L times 100, with the stemmer, against the best reference. Lin 2004."""
     scores = []
     for reference in references:
-        tokenizer = Characters() if on_characters(reference) else None
+        tokenizer = CharacterTokenizer() if on_characters(reference) else None
         scorer = RougeScorer(["rougeL"], use_stemmer=True, tokenizer=tokenizer)
         scores.append(scorer.score(reference, prediction)["rougeL"].fmeasure)
     return 100 * max(scores)
@@ -1053,23 +1057,29 @@ ROLLOUT_PASSES = 4  # MiniLLM's passes over them before new ones are sampled
 
 
 def select_rows(args, step, num_steps, train_rows, state, sampler):
-    """The rows of one optimizer step: a function of seed, step and state, so a resume is exact."""
+    """The rows of one optimizer step: a function of seed, step and state, so a resume is exact.
+
+    With probability phi the student answers the prompts itself: always in ImitKD (Lin et al. 2020,
+    arXiv:2009.07253), for half of the batches in GKD (Agarwal et al. 2023, arXiv:2306.13649), more
+    and more often in DistiLLM. phi is 0 for the other texts.
+    """
     batch_size = min(args.batch_size, len(train_rows))
     if args.text == "mixture":
         return minillm_text(args, step, batch_size, train_rows, state, sampler)
     gold = batch_of(train_rows, batch_size, args.seed, step)
     rng = random.Random(f"{args.seed}, text of step {step}")
-    if args.text == "student":
-        return student_text(gold, step, rng, state, sampler)
+    r = rng.random()
+    if r >= state.phi:
+        return gold  # with --text teacher, these are the teacher's responses already
     if args.text == "adaptive":
-        return adaptive_text(gold, step, num_steps, rng, state, sampler)
-    return gold  # with --text teacher, these are the teacher's responses already
+        return adaptive_text(gold, step, num_steps, r, rng, state, sampler)
+    return sampler.respond(gold, step)
 
 
 def batch_of(rows, batch_size, seed, step):
     """The rows of batch number `step`: each epoch is a random permutation, a batch a slice of it.
 
-    The rows left over at the end of an epoch, other ones each time, are not used in it.
+    An epoch leaves out the rows that are left at its end, different ones each time.
     """
     epoch, index = divmod(step, len(rows) // batch_size)
     order = permutation(len(rows), f"{seed}, epoch {epoch}")
@@ -1094,30 +1104,17 @@ def teacher_text(args, state, teacher, data, hw, run_dir):
             text = {"seconds": state.sampling_seconds, "responses": responses}
             write_file(path, json.dumps(text))
         hw.barrier()
-    text = json.loads(path.read_text())
+    text = read_json(path)
     state.seconds = state.sampling_seconds = text["seconds"]
     pairs = zip(data.train, text["responses"], strict=True)
     return [replace(row, response_ids=ids) for row, ids in pairs]
 
 
-def student_text(gold, step, rng, state, sampler):
-    """The student's own responses with probability phi: 1 in ImitKD, 0.5 in GKD.
-
-    Lin et al. 2020, arXiv:2009.07253; Agarwal et al. 2023, arXiv:2306.13649.
-    """
-    if rng.random() < state.phi:
-        return sampler.respond(gold, step)
-    return gold
-
-
-def adaptive_text(gold, step, num_steps, rng, state, sampler):
-    """Gold, fresh or replayed text; fresh text gives way to replay as training goes on.
+def adaptive_text(gold, step, num_steps, r, rng, state, sampler):
+    """Fresh or replayed text of the student, for r < phi; the older the run, the more replay.
 
     Ko et al. 2024 (DistiLLM), arXiv:2402.03898, algorithm 1.
     """
-    r = rng.random()
-    if r >= state.phi:
-        return gold
     buffer_is_full = len(state.replay) >= REPLAY_CAPACITY
     if buffer_is_full and r >= state.phi * (1 - step / num_steps):
         return rng.sample(state.replay, min(len(gold), len(state.replay)))
@@ -1126,11 +1123,11 @@ def adaptive_text(gold, step, num_steps, rng, state, sampler):
     return fresh
 
 
-def raise_phi(state, dev_loss, patience=0.1, increment=0.1):
-    """DistiLLM: phi grows when the dev loss is `patience` above that of the last increase."""
+def raise_phi(state, dev_loss, margin=0.1, increment=0.1):
+    """DistiLLM: phi grows when the dev loss is `margin` above that of the last increase."""
     if state.reference_loss is None:
         state.reference_loss = dev_loss
-    if dev_loss >= state.reference_loss + patience:
+    if dev_loss >= state.reference_loss + margin:
         state.phi = min(1.0, state.phi + increment)
         state.reference_loss = dev_loss
 
@@ -1192,10 +1189,9 @@ class Sampler:
             rows,
             self.hw,
             self.args.micro_batch_tokens,
-            metrics=sampled_log_probs,
         )
-        log_p = measured["log_p"].cpu()
-        log_q = measured["log_q"].cpu()
+        log_p = -measured["teacher_ce"].cpu()
+        log_q = -measured["student_ce"].cpu()
 
         lengths = [len(row.response_ids) for row in rows]
         rewards = (log_p - log_q).split(lengths)
@@ -1205,10 +1201,6 @@ class Sampler:
         weights = (log_q - mix(log_p, log_q, TEACHER_SHARE)).exp()
         rollouts = torch.stack([advantages, log_q, weights], dim=1).split(lengths)
         return [replace(row, rollout=r.tolist()) for row, r in zip(rows, rollouts, strict=True)]
-
-
-def sampled_log_probs(log_p, log_q, log_p0, labels):
-    return {"log_p": -cross_entropy(log_p, labels), "log_q": -cross_entropy(log_q, labels)}
 
 
 def discounted_returns(rewards, gamma=0.95):
@@ -1254,7 +1246,7 @@ def generate(
     torch.manual_seed(hash((seed, hw.rank)))
     # Longest prompts first: if the memory is too small, that shows at once.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    order += order[-1:] * (-len(order) % hw.world)  # as many for each process
+    order += order[-1:] * (-len(order) % hw.world)  # padded: equally many for each
     mine = order[hw.rank :: hw.world]
     responses = {}
     for start in range(0, len(mine), batch_size):
@@ -1308,7 +1300,7 @@ def left_pad(prompts, pad_id, device):
 
 
 def cut_after_end(tokens, stop_ids):
-    """Drops the padding of a row that ended early: all behind its first end token."""
+    """Drops the padding of a row that ended early: all after its first end token."""
     for position, token in enumerate(tokens):
         if token in stop_ids:
             return tokens[: position + 1]
@@ -1399,14 +1391,8 @@ FORMS = {  # the field that decides the form: all that it reads
     "instruction": {"instruction", "input", "output"},
     "prompt": {"prompt", "output"},
 }
-TEXTS = {
-    "instruction",
-    "input",
-    "output",
-    "tools",
-    "system",
-    "history",
-}  # of the conversation: refused where a form has no place for them
+# Text of the conversation: an error where a row's form does not read it.
+CONTENT_FIELDS = {"instruction", "input", "output", "tools", "system", "history"}
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -1418,7 +1404,7 @@ ALPACA_WITH_INPUT = (
 )
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
-CLOCK = (  # a template that writes today's date would change the prompts overnight
+FIXED_DATE = (  # a template that writes today's date would change the prompts overnight
     "{% macro strftime_now(format) %}{{ format | replace('%Y', '2024') | replace('%m', '07')"
     " | replace('%d', '26') | replace('%B', 'July') | replace('%b', 'Jul')"
     " | replace('%A', 'Friday') | replace('%H', '12') | replace('%M', '00') }}{% endmacro %}\n"
@@ -1467,9 +1453,9 @@ def parse_row(row):
         fields["messages"] = fields.pop("prompt") + fields.pop("output")
     form = next((name for name in FORMS if name in fields), "prompt")
     unread = fields.keys() - FORMS[form]
-    if unread & TEXTS:
+    if unread & CONTENT_FIELDS:
         raise UserError(
-            f"{min(unread & TEXTS)} has no place beside {form}: write one text "
+            f"{min(unread & CONTENT_FIELDS)} has no place beside {form}: write one text "
             "(context counts as input, response and completion as output)"
         )
     if form == "messages":
@@ -1516,7 +1502,7 @@ def encode_pair(tokenizer, prompt, response):
 
 
 def encode_chat(tokenizer, messages, tools=None):
-    """-> (rendered prompt, its ids, ids of the response: all that the template writes behind it).
+    """-> (rendered prompt, its ids, ids of the response: all that the template writes after it).
 
     The prompt asks for an answer without a thought (Qwen3), unless the row holds a thought.
     """
@@ -1526,7 +1512,7 @@ def encode_chat(tokenizer, messages, tools=None):
         return tokenizer.apply_chat_template(
             messages,
             tools=tools,
-            chat_template=CLOCK + template,
+            chat_template=FIXED_DATE + template,
             date_string="26 Jul 2024",
             tokenize=False,
             **options,
@@ -1551,7 +1537,7 @@ def encode_chat(tokenizer, messages, tools=None):
     check_written(messages, conversation)
 
     longer = ""
-    with contextlib.suppress(Exception):  # some templates refuse a user turn behind a tool call
+    with contextlib.suppress(Exception):  # some templates refuse a user turn after a tool call
         longer = render([*messages, {"role": "user", "content": "?"}], **options)
     prompt_ids, response_ids = encode_pair(tokenizer, prompt, conversation[len(prompt) :])
     # commonprefix takes lists of ids, too
@@ -1575,10 +1561,10 @@ def check_written(messages, conversation):
 
 
 def end_of_turn(tokenizer, response_ids, shared):
-    """The response up to the end of its turn, less white space behind its last added token.
+    """The response up to the end of its turn, less white space after its last added token.
 
     shared: what stays when a user turn follows, so without what closes a whole conversation
-    (Phi-3: EOS behind <|end|>). It does not count when it lacks text (a thought, which templates
+    (Phi-3: EOS after <|end|>). It does not count when it lacks text (a thought, which templates
     drop from earlier turns) or an end (gpt-oss ends the last turn alone in <|return|>).
     """
     whole = tokenizer.decode(response_ids, skip_special_tokens=True)
@@ -1649,7 +1635,7 @@ def read_rows(source, lines, tokenizer, max_prompt_length, max_length):
 def read_lines(path):
     """A file -> its lines. Raises UserError for another format than JSONL."""
     with explaining(f"cannot read {path}"):
-        content = pathlib.Path(path).read_bytes()
+        content = Path(path).read_bytes()
     with explaining(f"{path} is in another format: make it JSONL, UTF-8 with one object a line"):
         text = content.decode("utf-8-sig")
         if text.lstrip()[:1] != "{" or "\0" in text:
@@ -1816,8 +1802,8 @@ def micro_batches(rows, max_tokens, hw, share=True):
     """Yield Batches of at most max_tokens with padding, or of one row; short rows come first.
 
     Little is padded: a piece that has 512 tokens takes no row 1.5 times as long as its shortest.
-    With share, each process gets its part of the rows, in equally many pieces; their number must be
-    a multiple of that of the processes.
+    With share, each process gets its part of the rows, in equally many pieces; the number of rows
+    must be a multiple of that of the processes.
     """
     rows = sorted(rows, key=len)
     rank = hw.rank if share else 0
@@ -1870,7 +1856,7 @@ def cache_states(teacher, rows, hw):
 def free_memory(num_processes):
     """Bytes that the processes may still take: of the machine, or of its container."""
     free = psutil.virtual_memory().available
-    limit = pathlib.Path("/sys/fs/cgroup/memory.max")
+    limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists():
         most = float(limit.read_text().replace("max", "inf"))
         free = min(free, most - num_processes * psutil.Process().memory_info().rss)
@@ -1881,8 +1867,8 @@ def free_memory(num_processes):
 # Models
 
 WHERE_MODELS_ARE = "give a local folder with *.safetensors, or a hub id, or set HF_HOME"
-# Their logits change with padding on the left of a prompt (most), look at later tokens (xlm, xlnet,
-# prophetnet), or blocks share weights, so that a merge adds LoRA several times (zamba).
+# Left padding changes their logits (most), they look at later tokens (xlm, xlnet, prophetnet), or
+# their blocks share weights, so that a merge adds LoRA several times (zamba).
 UNSUPPORTED = (
     "bart bigbird_pegasus blenderbot blenderbot-small deepseek_v4 marian mbart mvp pegasus plbart "
     "prophetnet recurrent_gemma rwkv trocr whisper xlm xlnet xlstm zamba zamba2"
@@ -1934,7 +1920,7 @@ def base_of(name):
     """The model that an adapter was trained on; None where `name` is no adapter."""
     if name == "demo" or find_adapter_config_file(name) is None:
         return None
-    if list(pathlib.Path(name).glob("model*.safetensors")):
+    if list(Path(name).glob("model*.safetensors")):
         raise UserError(
             f"{name} holds both whole weights and an adapter: delete one of the two, or merge them "
             "by peft's merge_and_unload() and save the result"
@@ -2169,10 +2155,10 @@ def add_lora(model, rank, scale, targets="auto", top_layers=0, seed=0):
         )
         model = peft.get_peft_model(model, config)
     modules = model.get_base_model().named_modules()
-    # peft takes names such as up_proj for those of experts in a family that has experts.
+    # In a family with experts, peft reads a name such as up_proj as that of the experts.
     wrong = {path for path, module in modules if hasattr(module, "lora_A")} ^ set(paths)
     if wrong:
-        raise UserError(f"--lora-targets {targets}: peft would not treat {sorted(wrong)[:3]} so")
+        raise UserError(f"--lora-targets {targets}: peft reads it otherwise at {sorted(wrong)[:3]}")
     return model.eval()
 
 
@@ -2192,18 +2178,18 @@ def warm_start(args, role, source, data, epochs, lr, hw):
     """
     if epochs == 0:
         return source, 0.0
-    # The demo's teacher begins with random weights, which LoRA could not mend.
+    # The demo's teacher begins with random weights, which LoRA could not train.
     use_lora = role == "teacher" and args.teacher_sft == "lora" and source != "demo"
     recipe = [role, fingerprint(source), epochs, lr, str(hw.dtype), hw.device.type, use_lora]
     recipe += [ids_of(data.train), torch.__version__, transformers.__version__]
-    cache = pathlib.Path(args.cache_dir)
+    cache = Path(args.cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / f"{role}-{pathlib.Path(source).name}-{digest(recipe)}"
-    work_dir = pathlib.Path(args.output_dir) / folder.name
+    folder = cache / f"{role}-{Path(source).name}-{digest(recipe)}"
+    work_dir = Path(args.output_dir) / folder.name
     if hw.gather(folder.exists())[0]:
         (work_dir / "checkpoint.pt").unlink(missing_ok=True)  # another run was faster
         print(f"{role}: fine-tuned before, kept in {folder}")
-        return str(folder), json.loads((folder / "warm_start.json").read_text())["seconds"]
+        return str(folder), read_json(folder / "warm_start.json")["seconds"]
 
     sft_args = replace(
         args,
@@ -2229,7 +2215,7 @@ def warm_start(args, role, source, data, epochs, lr, hw):
     if hw.rank == 0:
         # In a temporary folder of the cache: a rename is atomic, and the first to finish wins.
         with tempfile.TemporaryDirectory(dir=cache, prefix=".new-") as temporary:
-            temporary = pathlib.Path(temporary)
+            temporary = Path(temporary)
             if use_lora:
                 model.save_pretrained(temporary / "adapter")
                 base = load_model(source, role, torch.float32)
@@ -2266,7 +2252,7 @@ def digest(value):
 
 def fingerprint(source):
     """What identifies a model: the contents of its files, or a hub id with its commit."""
-    folder = pathlib.Path(source)
+    folder = Path(source)
     if source == "demo":
         return [source]
     base = base_of(source)
@@ -2274,7 +2260,7 @@ def fingerprint(source):
     if not folder.is_dir():
         name = "adapter_config.json" if base else "config.json"
         file = huggingface_hub.hf_hub_download(source, name)
-        stamps = [source, pathlib.Path(file).parent.name]  # snapshots/COMMIT/config.json
+        stamps = [source, Path(file).parent.name]  # snapshots/COMMIT/config.json
     for path in sorted(folder.glob("*")):
         if path.is_file() and path.name not in ("results.json", "README.md", "warm_start.json"):
             stamps.append([path.name, file_digest(path, path.stat().st_mtime_ns)])
@@ -2333,7 +2319,7 @@ class Hardware:
         return time.perf_counter()
 
     def peak_memory(self):
-        """{metric: GB}: the allocator's since distillation began on CUDA, else the process's."""
+        """{metric: GB}: on CUDA the allocator's since distillation began, else the process's."""
         if self.device.type == "cuda":
             return {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
         unit = 1 if sys.platform == "darwin" else 1024
@@ -2435,6 +2421,10 @@ def write_file(path, text):
         file.write(text.encode())
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def sync(path):
     """Force a file to the disk."""
     with open(path, "rb") as file:
@@ -2460,7 +2450,7 @@ def explaining(what):
 
 @contextlib.contextmanager
 def one_line_errors(program):
-    """What the user can mend, or a disk or device refuses, is one line, and exit code 2."""
+    """What the user can fix, or a disk or device refuses, is one line, and exit code 2."""
     signal.signal(signal.SIGTERM, exit_on_signal)  # so that temporary files are removed
     try:
         yield
@@ -2531,6 +2521,7 @@ def distil(args):
     if hw.rank == 0:
         final = final_metrics(state, rouge_l, hw)
         finish(args, record, models, final, student, teacher, data, run_dir, wandb_run)
+    hw.barrier()  # no process ends before the student is saved
 
 
 def prepare(args, hw):
@@ -2564,11 +2555,11 @@ def prepare(args, hw):
         "precision": next(name for name in PRECISIONS if PRECISIONS[name] == hw.dtype),
     }
     if args.resume:
-        record = json.loads(pathlib.Path(args.resume, "args.json").read_text())
+        record = read_json(Path(args.resume, "args.json"))
         require_same(record["began_with"], began_with, args.resume)
         return data, record
     if args.output_dir is None:
-        models = f"{pathlib.Path(args.student).name}-{pathlib.Path(args.teacher).name}"
+        models = f"{Path(args.student).name}-{Path(args.teacher).name}"
         stamp = f"{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         args.output_dir = hw.gather(f"runs/{args.method}-{models}-s{args.seed}-{stamp}")[0]
     record = {
@@ -2576,18 +2567,22 @@ def prepare(args, hw):
         "command": shlex.join(["python", *sys.argv]),
         "wandb_id": secrets.token_hex(8),
         "began_with": began_with,
+        **asdict(args),
     }
-    return data, {**record, **asdict(args)}
+    return data, record
 
 
 def open_folder(args, record, data, hw):
     """The run's folder: a new one, so that two runs never share it, or that of --resume."""
-    folder = pathlib.Path(args.output_dir)
+    folder = Path(args.output_dir)
     if hw.rank > 0:  # warm_starts waits for the first process
         return folder
     if not args.resume:
         with explaining("choose another --output-dir"):
             folder.mkdir(parents=True)
+        if data.test_lines:
+            write_file(folder / "test.jsonl", "\n".join(data.test_lines) + "\n")
+        write_file(folder / "args.json", json.dumps(record, indent=2) + "\n")
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2597,10 +2592,6 @@ def open_folder(args, record, data, hw):
         print(f"{folder} is on a file system without locks: run it in one process only")
     if (folder / "student").exists():
         raise UserError(f"--resume {folder}: this run has ended")
-    if not args.resume:
-        if data.test_lines:
-            write_file(folder / "test.jsonl", "\n".join(data.test_lines) + "\n")
-        write_file(folder / "args.json", json.dumps(record, indent=2) + "\n")
     return folder
 
 
@@ -2617,7 +2608,7 @@ def require_same(stored, found, run_dir):
 def start_wandb(record, run_dir):
     """A group is a method with its settings, so that its runs are the seeds. Raises UserError."""
     hint = f"--resume {run_dir} with WANDB_MODE=offline or --no-track"
-    with explaining(f"wandb cannot start; go on by {hint}"):
+    with explaining(f"wandb cannot start; continue with {hint}"):
         import wandb  # only tracked runs need it
 
         return wandb.init(
@@ -2640,7 +2631,7 @@ def warm_starts(args, data, hw, run_dir):
     """
     path = run_dir / "models.json"
     if hw.gather(path.exists())[0]:
-        models = json.loads(path.read_text())
+        models = read_json(path)
         with explaining(f"{run_dir}: a fine-tuned model that this run began with is gone"):
             found = identity(models["teacher"], models["student"], data.train)
         require_same(models["problem"], found, run_dir)

@@ -3103,7 +3103,7 @@ def test_resume_checks_the_ranges(stopped):
 
 def test_flags_that_save_memory_are_said(stopped):
     flags = "--micro-batch-tokens 64 --sample-batch-size 1 --gradient-checkpointing"
-    assert "only up to rounding" in stopped.resume(flags)
+    assert "may differ by rounding" in stopped.resume(flags)
 
 
 def test_resume_needs_a_run(tmp_path):
@@ -3321,7 +3321,7 @@ def test_wandb_summary_has_the_final_scores(tracked):
 
 def test_wandb_that_cannot_start_is_one_line(job, monkeypatch):
     on_call(monkeypatch, "init", 1, full_disk, wandb)
-    assert "wandb cannot start; go on by --resume" in job(f"--track {WARM}", code=2)
+    assert "wandb cannot start; continue with --resume" in job(f"--track {WARM}", code=2)
     assert not job.cache.exists()
     job.resume("--no-track")
     assert weights_of(job.folder)
