@@ -1111,7 +1111,7 @@ def teacher_text(args, state, teacher, data, hw, run_dir):
 
 
 def adaptive_text(gold, step, num_steps, r, rng, state, sampler):
-    """Fresh or replayed text of the student, for r < phi; the older the run, the more replay.
+    """The student's text, fresh or, ever more often, replayed; r < phi is drawn uniformly.
 
     Ko et al. 2024 (DistiLLM), arXiv:2402.03898, algorithm 1.
     """
