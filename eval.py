@@ -69,7 +69,7 @@ class Args:
     # -- analysis --
     compare: bool = False  # compare methods over training seeds, with intervals and a figure
     baseline: str | None = None  # label or method to compare with; unset: that of the first run
-    teacher: str | None = None  # compare with this fine-tuned teacher, which models.json names
+    teacher: str | None = None  # compare with this fine-tuned teacher, or with that of this run
     show: int = 0  # print the first SHOW answers of all checkpoints
     track: bool = False  # add the scores to the wandb pages of tracked runs
     output_dir: str = "results"  # comparison and figures, and results of hub ids
@@ -97,10 +97,17 @@ def check_flags(args):
             flag = name.replace("_", "-")
             raise okd.UserError(f"--{flag} does not go with --paper or --greedy")
     if (
-        min(args.limit or 1, args.max_prompt_length, args.max_new_tokens, args.sample_batch_size)
+        min(
+            1 if args.limit is None else args.limit,
+            args.max_prompt_length,
+            args.max_new_tokens,
+            args.sample_batch_size,
+        )
         < 1
     ):
         raise okd.UserError("limit, lengths and batch size must be at least 1")
+    if len({*args.seeds}) < max(1, len(args.seeds)):
+        raise okd.UserError("--seeds must differ from each other")
     if not 0 < args.top_p <= 1 or args.temperature <= 0:
         raise okd.UserError("--top-p must lie in (0, 1], and --temperature above 0")
 
@@ -619,7 +626,8 @@ def pick_runs(checkpoints):
         if twin is not checkpoint:
             earlier, later = sorted([twin, checkpoint], key=began_at)
             counted[place] = later
-            notes.append(f"{place}: {later.name} counts, later than {earlier.name}")
+            label, seed = place
+            notes.append(f"{label}, seed {seed}: {later.name} counts, not {earlier.name}")
     return list(counted.values()), notes
 
 
@@ -635,7 +643,8 @@ def plan_comparison(checkpoints, notes, baseline):
     runs = []
     for checkpoint in checkpoints:
         with skipping(f"{checkpoint.name} in the comparison"):
-            read_final(checkpoint)
+            if read_final(checkpoint).get("final/dev_step") == 0:
+                notes.append(f"{checkpoint.name} kept the student of step 0, which is untrained")
             runs.append(checkpoint)
     if not runs:
         raise okd.UserError("--compare needs runs of okd.py that have finished")
@@ -910,7 +919,12 @@ PLUS_MINUS = (
 
 def open_all(args, hw):
     """The checkpoints that can be opened, with their sets, and the teacher. Raises UserError."""
-    teacher = open_checkpoint(args.teacher, args, hw) if args.teacher else None
+    teacher = None
+    if args.teacher:
+        name = args.teacher
+        if Path(name, "models.json").exists():
+            name = read_json(Path(name, "models.json"))["teacher"]
+        teacher = open_checkpoint(name, args, hw)
     given = {source: load_lines(source, args.limit) for source in args.data}
     checkpoints = []
     for name in dict.fromkeys(args.checkpoints):

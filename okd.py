@@ -685,9 +685,14 @@ def train(args, state, student, teacher, data, hw, run_dir, phase="distil", wand
         signal.signal(number, handler)
     stop_signal = max(hw.gather(max(signals)))  # also one that came during the last evaluation
     if stop_signal:
-        print(f"{phase}: stopped after step {state.step}; python okd.py --resume {args.output_dir}")
+        start = "python" if hw.world == 1 else f"torchrun --nproc-per-node={hw.world}"
+        print(
+            f"{phase}: stopped after step {state.step}; {start} okd.py --resume {args.output_dir}"
+        )
         sys.exit(128 + stop_signal)
     if best_weights is not None:
+        kept = state.best_eval["step"]
+        print(f"kept: the student of step {kept}, the best by dev Rouge-L (else --select last)")
         networks.load_state_dict(best_weights, strict=False)
     return state
 
@@ -1506,7 +1511,8 @@ def encode_chat(tokenizer, messages, tools=None):
 
     The prompt asks for an answer without a thought (Qwen3), unless the row holds a thought.
     """
-    template = tokenizer.get_chat_template(tools=tools)
+    with explaining("the tokenizer has no chat template: use an instruct model's, or plain text"):
+        template = tokenizer.get_chat_template(tools=tools)
 
     def render(messages, **options):
         return tokenizer.apply_chat_template(
@@ -1600,6 +1606,7 @@ def read_rows(source, lines, tokenizer, max_prompt_length, max_length):
     UserError for a line that cannot be read, or when no row is left.
     """
     longest = min(max_prompt_length, max_length - 1)
+    flag = "--max-prompt-length" if longest == max_prompt_length else "--max-length"
     kept = []
     notes = Counter()
     for number, line in enumerate(lines, start=1):
@@ -1617,7 +1624,7 @@ def read_rows(source, lines, tokenizer, max_prompt_length, max_length):
             notes["dropped: no response"] += 1
         elif len(example.prompt_ids) > longest:
             kind = "conversation" if roles else "prompt"
-            notes[f"dropped: {kind} of over {longest} tokens (--max-prompt-length)"] += 1
+            notes[f"dropped: {kind} of over {longest} tokens ({flag})"] += 1
         else:
             notes["cut to --max-length"] += len(example) > max_length
             notes["compared by characters (Rouge-L)"] += on_characters(example.references[0])
@@ -1627,7 +1634,7 @@ def read_rows(source, lines, tokenizer, max_prompt_length, max_length):
         if count > 0:
             summary += f"; {count} {what}"
     if not kept:
-        raise UserError(f"{summary}: needs instruction and output, prompt and response or messages")
+        raise UserError(f"{summary}; so no row is left")
     print(summary)
     return kept
 
@@ -1750,7 +1757,7 @@ def demo_tokenizer():
 def load_tokenizer(name):
     if name == "demo":
         return demo_tokenizer()
-    with explaining(f"cannot load the tokenizer of {name}: give a folder or a hub id, set HF_HOME"):
+    with explaining(f"cannot load the tokenizer of {name}: give a folder with one, or a hub id"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no EOS token, so no response could end")
@@ -1764,7 +1771,10 @@ def one_tokenizer(teacher, student):
     reserved = {token_id for token_id, token in added if token.special}
     ordinary = sorted({token for token, token_id in different if token_id not in reserved})
     if ordinary:
-        raise UserError(f"teacher and student differ in tokens, such as {ordinary[:5]}")
+        raise UserError(
+            f"teacher and student differ in tokens, such as {ordinary[:5]}: take two models of one "
+            "family"
+        )
     if different or teacher.eos_token != student.eos_token:
         print(f"both use the teacher's tokenizer; the student's had EOS {student.eos_token}")
     return teacher
@@ -2003,8 +2013,9 @@ def empty_model(name, role, rows, tokenizer, max_length):
     with explaining(f"cannot use the {role} {name}: {WHERE_MODELS_ARE}"), torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(load_config(name, role))
         blocks_of(model)
-    if max_length > max_positions(model.config):
-        raise UserError(f"--max-length {max_length} is beyond the last position of the {role}")
+    positions = max_positions(model.config)
+    if max_length > positions:
+        raise UserError(f"--max-length {max_length}: the {role} has only {positions} positions")
     largest = max(max(row.prompt_ids + row.response_ids) for row in rows)
     if largest >= vocab_size(model):
         token = tokenizer.convert_ids_to_tokens(largest)
@@ -2191,6 +2202,8 @@ def warm_start(args, role, source, data, epochs, lr, hw):
         print(f"{role}: fine-tuned before, kept in {folder}")
         return str(folder), read_json(folder / "warm_start.json")["seconds"]
 
+    with explaining(f"--cache-dir {cache} cannot be written: choose another"):
+        tempfile.TemporaryFile(dir=cache).close()
     sft_args = replace(
         args,
         **asdict(METHODS["sft"]),
@@ -2578,7 +2591,7 @@ def open_folder(args, record, data, hw):
     if hw.rank > 0:  # warm_starts waits for the first process
         return folder
     if not args.resume:
-        with explaining("choose another --output-dir"):
+        with explaining(f"choose another --output-dir, or --resume {folder}"):
             folder.mkdir(parents=True)
         if data.test_lines:
             write_file(folder / "test.jsonl", "\n".join(data.test_lines) + "\n")
@@ -2758,12 +2771,14 @@ def save_adapter(teacher, base, tokenizer, folder):
 def model_card(args, record, models, final):
     """README.md of the student, with the metadata that the hub reads."""
     data = args.data or ("the demo's" if args.teacher == "demo" else "Dolly")
+    base = ""
+    if not os.path.isdir(args.student):  # the hub refuses other names than its own
+        base = f"base_model: {args.student}\n"
     scores = "\n".join(f"- {name}: {value:.6g}" for name, value in final.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {args.student}
-tags: [knowledge-distillation, okd]
+{base}tags: [knowledge-distillation, okd]
 ---
 
 # {args.student}, distilled
