@@ -2794,8 +2794,10 @@ pipeline_tag: text-generation
 def main(argv=None):
     with one_line_errors("okd.py"):
         distil(parse_args(sys.argv[1:] if argv is None else argv))
-        if dist.is_initialized():  # not after an error: on NCCL it would wait for the others
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        # All is saved. A usual exit may abort when a thread of gloo asks for the interpreter.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
