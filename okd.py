@@ -1194,9 +1194,10 @@ class Sampler:
             rows,
             self.hw,
             self.args.micro_batch_tokens,
+            metrics=sampled_log_probs,
         )
-        log_p = -measured["teacher_ce"].cpu()
-        log_q = -measured["student_ce"].cpu()
+        log_p = measured["log_p"].cpu()
+        log_q = measured["log_q"].cpu()
 
         lengths = [len(row.response_ids) for row in rows]
         rewards = (log_p - log_q).split(lengths)
@@ -1206,6 +1207,10 @@ class Sampler:
         weights = (log_q - mix(log_p, log_q, TEACHER_SHARE)).exp()
         rollouts = torch.stack([advantages, log_q, weights], dim=1).split(lengths)
         return [replace(row, rollout=r.tolist()) for row, r in zip(rows, rollouts, strict=True)]
+
+
+def sampled_log_probs(log_p, log_q, log_p0, labels):
+    return {"log_p": -cross_entropy(log_p, labels), "log_q": -cross_entropy(log_q, labels)}
 
 
 def discounted_returns(rewards, gamma=0.95):
