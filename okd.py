@@ -2199,7 +2199,6 @@ def warm_start(args, role, source, data, epochs, lr, hw):
     recipe = [role, fingerprint(source), epochs, lr, str(hw.dtype), hw.device.type, use_lora]
     recipe += [ids_of(data.train), torch.__version__, transformers.__version__]
     cache = Path(args.cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"{role}-{Path(source).name}-{digest(recipe)}"
     work_dir = Path(args.output_dir) / folder.name
     if hw.gather(folder.exists())[0]:
@@ -2208,6 +2207,7 @@ def warm_start(args, role, source, data, epochs, lr, hw):
         return str(folder), read_json(folder / "warm_start.json")["seconds"]
 
     with explaining(f"--cache-dir {cache} cannot be written: choose another"):
+        cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
     sft_args = replace(
         args,
@@ -2797,12 +2797,19 @@ pipeline_tag: text-generation
 
 
 def main(argv=None):
-    with one_line_errors("okd.py"):
-        distil(parse_args(sys.argv[1:] if argv is None else argv))
+    code = 0
+    try:
+        with one_line_errors("okd.py"):
+            distil(parse_args(sys.argv[1:] if argv is None else argv))
+    except SystemExit as error:
+        if not dist.is_initialized():
+            raise
+        code = error.code
     if dist.is_initialized():
-        # All is saved. A usual exit may abort when a thread of gloo asks for the interpreter.
+        # Without Python's own end: a thread of gloo that then asks for the interpreter aborts the
+        # process, and NCCL may wait for processes that have failed.
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 if __name__ == "__main__":
