@@ -96,18 +96,13 @@ def check_flags(args):
         if getattr(args, name) != getattr(Args, name):
             flag = name.replace("_", "-")
             raise okd.UserError(f"--{flag} does not go with --paper or --greedy")
-    if (
-        min(
-            1 if args.limit is None else args.limit,
-            args.max_prompt_length,
-            args.max_new_tokens,
-            args.sample_batch_size,
-        )
-        < 1
-    ):
+    sizes = [args.max_prompt_length, args.max_new_tokens, args.sample_batch_size]
+    if args.limit is not None:
+        sizes.append(args.limit)
+    if min(sizes) < 1:
         raise okd.UserError("limit, lengths and batch size must be at least 1")
-    if len({*args.seeds}) < max(1, len(args.seeds)):
-        raise okd.UserError("--seeds must differ from each other")
+    if not args.seeds or len({*args.seeds}) < len(args.seeds):
+        raise okd.UserError("--seeds must be one or more different numbers")
     if not 0 < args.top_p <= 1 or args.temperature <= 0:
         raise okd.UserError("--top-p must lie in (0, 1], and --temperature above 0")
 
@@ -621,12 +616,12 @@ def pick_runs(checkpoints):
                 run.label += f", {name} {run.problem.get(name)}"
     counted = {}
     for checkpoint in checkpoints:
-        place = (checkpoint.label, checkpoint.flags.get("seed"))
-        twin = counted.setdefault(place, checkpoint)
+        label = checkpoint.label
+        seed = checkpoint.flags.get("seed")
+        twin = counted.setdefault((label, seed), checkpoint)
         if twin is not checkpoint:
             earlier, later = sorted([twin, checkpoint], key=began_at)
-            counted[place] = later
-            label, seed = place
+            counted[label, seed] = later
             notes.append(f"{label}, seed {seed}: {later.name} counts, not {earlier.name}")
     return list(counted.values()), notes
 
@@ -641,6 +636,7 @@ class Comparison:
 def plan_comparison(checkpoints, notes, baseline):
     """Which runs are compared, and with which label. Raises UserError."""
     runs = []
+    notes = [*notes]
     for checkpoint in checkpoints:
         with skipping(f"{checkpoint.name} in the comparison"):
             if read_final(checkpoint).get("final/dev_step") == 0:
